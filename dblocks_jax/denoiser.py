@@ -1,0 +1,57 @@
+"""Where diffusion and network meet: a block as a denoiser of the label embedding that answers with logits."""
+
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Key
+
+from dblocks_jax.diffusion.precondition import precondition
+from dblocks_jax.diffusion.sampler import euler_step, guide
+from dblocks_jax.models.dblock_vit import Block, Shared, normalize_rows, run_block
+
+Table = Literal["raw", "normalized"]
+
+
+def denoise(
+    shared: Shared,
+    block: Block,
+    images: Float[Array, "b h w c"],
+    z: Float[Array, "b d"],
+    sigma: Float[Array, " b"],
+    *,
+    sigma_data: float,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "b classes"]:
+    """Logits of the label behind z = y + sigma * eps: classify D = c_skip * z + c_out * F(c_in * z, c_noise; image)."""
+    c = precondition(sigma, sigma_data)
+    features, cond = run_block(shared, block, images, c.c_in[:, None] * z, c.c_noise, key)
+    return shared.classify(c.c_out[:, None] * features + c.c_skip[:, None] * z, cond)
+
+
+def denoise_step(
+    shared: Shared,
+    block: Block,
+    images: Float[Array, "b h w c"],
+    z: Float[Array, "b d"],
+    sigma: Float[Array, ""],
+    sigma_next: Float[Array, ""],
+    *,
+    sigma_data: float,
+    cfg_scale: float,
+    table: Table,
+) -> tuple[Float[Array, "b classes"], Float[Array, "b d"]]:
+    """One step of the sampler: (logits at sigma, z at sigma_next).
+
+    The denoised estimate is the mean label embedding under the predicted probabilities, over the table as it is
+    ("raw", the released code) or with unit rows as in training ("normalized", the paper's text). With cfg_scale > 0
+    the logits are guided away from those of an all-zero image.
+    """
+    sigmas = jax.numpy.full(z.shape[:1], sigma)
+    logits = denoise(shared, block, images, z, sigmas, sigma_data=sigma_data)
+    if cfg_scale > 0:
+        blank = jax.numpy.zeros_like(images)
+        logits = guide(logits, denoise(shared, block, blank, z, sigmas, sigma_data=sigma_data), cfg_scale)
+    labels = shared.labels[...]
+    embeddings = normalize_rows(labels) if table == "normalized" else labels
+    denoised = jax.nn.softmax(logits) @ embeddings
+    return logits, euler_step(z, denoised, sigma, sigma_next)

@@ -1,0 +1,73 @@
+"""The plain vision transformer, trained end to end: the baseline."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from dblocks_jax.models.layers import Block, Layer, PatchEmbedding, dropout, init_weights, layer_norm, linear, split_key
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What both transformers have in common. Sizes in pixels, `intermediate_size` and `hidden_size` in features."""
+
+    image_size: int
+    channels: int
+    num_labels: int
+    patch_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    dropout_rate: float
+    pool: Literal["cls", "mean"]
+    gradient_checkpointing: bool = False
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: nnx.Rngs) -> Block:
+    """`num_layers` fresh layers of this architecture."""
+    layers = [
+        Layer(
+            arch.hidden_size, arch.num_heads, arch.intermediate_size, arch.dropout_rate, conditioned=conditioned, rngs=rngs
+        )
+        for _ in range(num_layers)
+    ]
+    return Block(layers, remat=arch.gradient_checkpointing)
+
+
+def pool_tokens(tokens: Float[Array, "b t d"], pool: str) -> Float[Array, "b d"]:
+    """The first token ("cls"), or the mean of the patch tokens ("mean")."""
+    return tokens[:, 0] if pool == "cls" else jnp.mean(tokens[:, 1:], axis=1)
+
+
+class ViT(nnx.Module):
+    """Image -> logits: [CLS; patches] + positions -> layers -> LayerNorm -> pool -> linear."""
+
+    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+        self.pool = arch.pool
+        self.dropout_rate = arch.dropout_rate
+        self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, rngs=rngs)
+        self.cls_token = nnx.Param(init_weights(rngs.params(), (1, 1, arch.hidden_size)))
+        self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
+        self.trunk = make_block(arch, arch.num_layers, conditioned=False, rngs=rngs)
+        self.norm = layer_norm(arch.hidden_size, rngs=rngs)
+        self.head = linear(arch.hidden_size, arch.num_labels, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b classes"]:
+        """Logits of normalised images; a key switches dropout on."""
+        key_embedding, key_trunk = split_key(key, 2)
+        patches = self.patches(images)
+        cls = jnp.broadcast_to(self.cls_token[...], (patches.shape[0], 1, patches.shape[2]))
+        tokens = jnp.concatenate([cls, patches], axis=1)
+        tokens = tokens + jnp.broadcast_to(self.positions[...], tokens.shape)
+        tokens = self.trunk(dropout(tokens, self.dropout_rate, key_embedding), None, key_trunk)
+        return self.head(pool_tokens(self.norm(tokens), self.pool))

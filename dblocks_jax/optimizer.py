@@ -1,0 +1,112 @@
+"""AdamW on parts of a model, each with its own moments and step count, and the learning rate at every step."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dblocks_jax.errors import UserError
+
+Params = Any  # nested dicts of arrays, one leaf for each nnx.Param
+ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+class Part(NamedTuple):
+    """Parameters that are trained together and their AdamW state; a part that sits out a step does not change."""
+
+    params: Params
+    adam: optax.ScaleByAdamState
+
+
+def new_part(params: Params) -> Part:
+    """A part with zero moments and step count 0."""
+    adam = ADAM.init(params)
+    assert isinstance(adam, optax.ScaleByAdamState)
+    return Part(params, adam)
+
+
+def adamw(
+    parts: tuple[Part, ...],
+    grads: tuple[Params, ...],
+    *,
+    lr: Float[Array, ""],
+    weight_decay: float,
+    clip_norm: float,
+) -> tuple[tuple[Part, ...], Float[Array, ""]]:
+    """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
+
+    Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p).
+    """
+    norm = optax.tree.norm(grads)
+    # The tiny constant is PyTorch's, so that clipped runs match the reference to the last digits.
+    scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+    updated = []
+    for part, grad in zip(parts, grads, strict=True):
+        direction, adam = ADAM.update(jax.tree.map(lambda g: g * scale, grad), part.adam)
+        assert isinstance(adam, optax.ScaleByAdamState)
+        params = jax.tree.map(lambda p, d: p - lr * (d + weight_decay * p), part.params, direction)
+        updated.append(Part(params, adam))
+    return tuple(updated), norm
+
+
+SCHEDULES = {  # name -> the keyword arguments it understands
+    "constant_with_warmup": (),
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+}
+
+
+def learning_rate(
+    scheduler_type: str, *, lr: float, num_warmup_steps: int, total_steps: int, specific_kwargs: str = "{}"
+) -> Callable[[int], float]:
+    """Step (from 0) -> learning rate, named and shaped as in Hugging Face Transformers.
+
+    All warm up linearly from 0; then "constant_with_warmup" stays, "linear" falls to 0, "cosine" follows a half
+    cosine to 0, and "cosine_with_min_lr" one to `min_lr` (or `min_lr_rate` * lr). `specific_kwargs` is a JSON object.
+
+    Raises:
+      UserError: unknown schedule, malformed JSON, or a key the schedule does not have.
+    """
+    kwargs = _schedule_kwargs(scheduler_type, specific_kwargs)
+    floor = kwargs.get("min_lr_rate", kwargs.get("min_lr", 0.0) / lr if lr else 0.0)
+    cycles = kwargs.get("num_cycles", 0.5)
+
+    def at(step: int) -> float:
+        if step < num_warmup_steps:
+            return lr * step / num_warmup_steps
+        progress = (step - num_warmup_steps) / max(1, total_steps - num_warmup_steps)
+        if scheduler_type == "constant_with_warmup":
+            return lr
+        if scheduler_type == "linear":
+            return lr * max(0.0, 1.0 - progress)
+        cosine = max(0.0, 0.5 * (1.0 + math.cos(2.0 * math.pi * cycles * progress)))
+        return lr * (floor + (1.0 - floor) * cosine)
+
+    return at
+
+
+def _schedule_kwargs(scheduler_type: str, specific_kwargs: str) -> dict[str, float]:
+    if scheduler_type not in SCHEDULES:
+        raise UserError(f"scheduler_type is {scheduler_type!r}; choose one of {', '.join(SCHEDULES)}")
+    try:
+        kwargs = json.loads(specific_kwargs or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"scheduler_specific_kwargs is not JSON ({error}): {specific_kwargs!r}") from None
+    known = SCHEDULES[scheduler_type]
+    if not isinstance(kwargs, dict) or not all(type(value) in (int, float) for value in kwargs.values()):
+        raise UserError(f"scheduler_specific_kwargs must be a JSON object of numbers, not {specific_kwargs!r}")
+    for key in kwargs:
+        if key not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes none"
+            raise UserError(f"scheduler_specific_kwargs has {key!r}, but {scheduler_type} {takes}")
+    if "min_lr" in kwargs and "min_lr_rate" in kwargs:
+        raise UserError("scheduler_specific_kwargs has both min_lr and min_lr_rate; give one")
+    if scheduler_type == "cosine_with_min_lr" and not {"min_lr", "min_lr_rate"} & kwargs.keys():
+        raise UserError("cosine_with_min_lr needs scheduler_specific_kwargs with min_lr, such as '{\"min_lr\": 5e-5}'")
+    return kwargs
