@@ -3,8 +3,10 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from dblocks_jax.diffusion.noise import Scalar
 from dblocks_jax.diffusion.precondition import precondition
 from dblocks_jax.diffusion.sampler import euler_step, guide
 from dblocks_jax.models.dblock_vit import Block, Shared, normalize_rows, run_block
@@ -33,8 +35,8 @@ def denoise_step(
     block: Block,
     images: Float[Array, "b h w c"],
     z: Float[Array, "b d"],
-    sigma: Float[Array, ""],
-    sigma_next: Float[Array, ""],
+    sigma: Scalar,
+    sigma_next: Scalar,
     *,
     sigma_data: float,
     cfg_scale: float,
@@ -46,10 +48,10 @@ def denoise_step(
     ("raw", the released code) or with unit rows as in training ("normalized", the paper's text). With cfg_scale > 0
     the logits are guided away from those of an all-zero image.
     """
-    sigmas = jax.numpy.full(z.shape[:1], sigma)
+    sigmas = jnp.full(z.shape[:1], sigma)
     logits = denoise(shared, block, images, z, sigmas, sigma_data=sigma_data)
     if cfg_scale > 0:
-        blank = jax.numpy.zeros_like(images)
+        blank = jnp.zeros_like(images)
         logits = guide(logits, denoise(shared, block, blank, z, sigmas, sigma_data=sigma_data), cfg_scale)
     labels = shared.labels[...]
     embeddings = normalize_rows(labels) if table == "normalized" else labels

@@ -52,7 +52,9 @@ def from_reference(weights: Mapping[str, np.ndarray], config: Any) -> ViT | DBlo
             raise UserError(f"the reference weights {shapes} do not fit: expected {expected} after conversion")
         entry.variable.set_value(jnp.asarray(value, jnp.float32))
     if left_over:
-        raise UserError(f"the reference weights hold parameters this model does not have: {', '.join(sorted(left_over))}")
+        raise UserError(
+            f"the reference weights hold parameters this model does not have: {', '.join(sorted(left_over))}"
+        )
     return model
 
 
@@ -76,7 +78,9 @@ def _architecture(weights: Mapping[str, np.ndarray], config: Any) -> Architectur
         raise UserError(f"the reference weights must hold either {LABELS} or {CLS_TOKEN}")
     hidden_size, channels, patch_size, _ = _take(weights, PATCH_WEIGHT).shape
     num_patches = _take(weights, "vit.embeddings.position_embeddings").shape[1] - 1
-    num_layers = 1 + max((int(name.split(".")[3]) for name in weights if name.startswith("vit.encoder.layer.")), default=-1)
+    num_layers = 1 + max(
+        (int(name.split(".")[3]) for name in weights if name.startswith("vit.encoder.layer.")), default=-1
+    )
     if hidden_size % config.num_heads:
         raise UserError(f"num_heads={config.num_heads} does not divide the reference's hidden size {hidden_size}")
     if LABELS in weights and num_layers % config.num_blocks:

@@ -16,9 +16,9 @@ from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges, blocks_o
 from dblocks_jax.diffusion.precondition import loss_weight
 from dblocks_jax.diffusion.sampler import initial_z, sample
 from dblocks_jax.models.dblock_vit import DBlockViT
+from dblocks_jax.objective import denoising_loss
 from dblocks_jax.optimizer import adamw, learning_rate, new_part
 from dblocks_jax.reference import from_reference, to_reference
-from dblocks_jax.objective import denoising_loss
 
 SIGMA_DATA = 0.5
 cached_load = cache(golden.load)
@@ -128,7 +128,9 @@ def test_every_block(path):
 
     @jax.jit
     def denoise_fn(shared, block, images, z, sigma):
-        return denoise(nnx.merge(shared_def, shared), nnx.merge(block_def, block), images, z, sigma, sigma_data=SIGMA_DATA)
+        return denoise(
+            nnx.merge(shared_def, shared), nnx.merge(block_def, block), images, z, sigma, sigma_data=SIGMA_DATA
+        )
 
     for b in range(config.num_blocks):
         at = golden.under(arrays, f"block{b}/")

@@ -7,6 +7,7 @@ runs on the device. Block 0 is the noisiest, so edges descend.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -55,7 +56,7 @@ def blocks_of_sigmas(edges: np.ndarray, sigmas: Sequence[float] | np.ndarray) ->
 
 
 def inference_sigmas(noise: NoiseDistribution, num_steps: int, *, rho: float | None = None) -> np.ndarray:
-    """The levels of a sampler with `num_steps` network calls: float64 [num_steps] of float32-rounded values, descending.
+    """The levels of a sampler with `num_steps` network calls: descending float64 [num_steps], rounded to float32.
 
     Evenly spaced in probability, or with Karras' rho (EDM, Eq. 5) where it is given. One step means one look at
     pure noise: [sigma_max].
@@ -87,7 +88,7 @@ class SigmaRange(NamedTuple):
 
 def training_ranges(noise: NoiseDistribution, edges: np.ndarray, gamma: float) -> list[SigmaRange]:
     """The interval each block trains on: its own, widened by gamma of its width in ln sigma at both ends, clamped."""
-    return [_widened_range(noise, low, high, gamma) for high, low in zip(edges[:-1], edges[1:], strict=True)]
+    return [_widened_range(noise, low, high, gamma) for high, low in pairwise(edges)]
 
 
 def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: float) -> SigmaRange:

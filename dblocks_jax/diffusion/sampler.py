@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dblocks_jax.diffusion.noise import Scalar
+
 # (block, z, sigma, sigma_next) -> (logits at sigma, z at sigma_next)
-Step = Callable[
-    [int, Float[Array, "b d"], np.float32, np.float32], tuple[Float[Array, "b c"], Float[Array, "b d"]]
-]
+Step = Callable[[int, Float[Array, "b d"], np.float32, np.float32], tuple[Float[Array, "b c"], Float[Array, "b d"]]]
 
 
-def initial_z(
-    unit_noise: Float[Array, "b d"], sigma_max: float, init_noise_scale: float = 1.0
-) -> Float[Array, "b d"]:
+def initial_z(unit_noise: Float[Array, "b d"], sigma_max: float, init_noise_scale: float = 1.0) -> Float[Array, "b d"]:
     """The sampler's start: noise as large as a noisy target of unit variance, times `init_noise_scale`.
 
     Scale 1 is the paper; scale 0 starts at the mean, so that the sampler chooses a label rather than drawing one.
@@ -23,15 +21,13 @@ def initial_z(
 
 
 def euler_step(
-    z: Float[Array, "b d"], denoised: Float[Array, "b d"], sigma: Float[Array, ""], sigma_next: Float[Array, ""]
+    z: Float[Array, "b d"], denoised: Float[Array, "b d"], sigma: Scalar, sigma_next: Scalar
 ) -> Float[Array, "b d"]:
     """One Euler step of dz/dsigma = (z - D) / sigma. Since sigma falls, z moves toward the estimate D."""
     return z + (sigma_next - sigma) * ((z - denoised) / sigma)
 
 
-def guide(
-    conditional: Float[Array, "b c"], unconditional: Float[Array, "b c"], scale: float
-) -> Float[Array, "b c"]:
+def guide(conditional: Float[Array, "b c"], unconditional: Float[Array, "b c"], scale: float) -> Float[Array, "b c"]:
     """Classifier-free guidance on logits: unconditional + scale * (conditional - unconditional)."""
     return unconditional + scale * (conditional - unconditional)
 

@@ -35,7 +35,12 @@ def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: 
     """`num_layers` fresh layers of this architecture."""
     layers = [
         Layer(
-            arch.hidden_size, arch.num_heads, arch.intermediate_size, arch.dropout_rate, conditioned=conditioned, rngs=rngs
+            arch.hidden_size,
+            arch.num_heads,
+            arch.intermediate_size,
+            arch.dropout_rate,
+            conditioned=conditioned,
+            rngs=rngs,
         )
         for _ in range(num_layers)
     ]
@@ -60,9 +65,7 @@ class ViT(nnx.Module):
         self.norm = layer_norm(arch.hidden_size, rngs=rngs)
         self.head = linear(arch.hidden_size, arch.num_labels, rngs=rngs)
 
-    def __call__(
-        self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None
-    ) -> Float[Array, "b classes"]:
+    def __call__(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b classes"]:
         """Logits of normalised images; a key switches dropout on."""
         key_embedding, key_trunk = split_key(key, 2)
         patches = self.patches(images)

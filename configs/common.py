@@ -1,0 +1,68 @@
+"""Every field of every config, with its default: the released program on CIFAR-100. Other configs state differences."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # What to train on what.
+    config.model_type = "dblock"  # "dblock": blocks trained one at a time; "vit": the plain model, end to end
+    config.dataset = "cifar100"  # digits, cifar10, cifar100, tiny_imagenet, folder
+    config.data_dir = "~/tensorflow_datasets"  # where data sets are kept; for "folder" the root of your images
+    config.val_fraction = 0.0  # part of the training images set apart to choose the best checkpoint by
+
+    # The transformer.
+    config.image_size = 32
+    config.patch_size = 4
+    config.num_layers = 12
+    config.hidden_size = 128
+    config.num_heads = 4
+    config.intermediate_size = 3072  # width of the MLP (the released program has 24 * hidden_size)
+    config.dropout = 0.1  # on hidden states and on attention probabilities
+    config.pool = "cls"  # "cls": the first token; "mean": the mean of the patch tokens
+
+    # The diffusion.
+    config.num_blocks = 3  # must divide num_layers; training takes this many times num_epochs
+    config.gamma = 0.05  # overlap of neighbouring blocks' noise ranges, as a share of each, in ln sigma
+    config.sigma_min = 0.002
+    config.sigma_max = 80.0
+    config.sigma_data = 0.5
+    config.p_mean = -1.2  # of ln sigma in training
+    config.p_std = 1.2
+    config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none"
+
+    # The sampler.
+    config.num_inference_steps = 0  # denoising steps; 0 means num_blocks
+    config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7
+    config.label_table = "raw"  # embeddings that make the estimate: "raw" (released code) or "normalized" (paper)
+    config.init_noise_scale = 1.0  # 1: start from noise, as in the paper; 0: start from its mean, deterministic
+    config.cfg_scale = 0.0  # classifier-free guidance; 0 is off
+    config.class_dropout_prob = 0.1  # in training for guidance: share of images replaced by zeros, if cfg_scale > 0
+
+    # Augmentation, on the device.
+    config.crop_padding = 4  # zero padding before the random crop, in pixels
+    config.flip = True  # horizontal
+    config.resized_crop = False  # random resized crop instead of padding and crop
+    config.add_rand_aug = False  # RandAugment: 2 operations of magnitude 9
+
+    # Optimisation.
+    config.num_epochs = 500
+    config.batch_size = 128
+    config.accumulate_grad_batches = 1  # batches for each update
+    config.gradient_checkpointing = False  # keep only each layer's input for the backward pass
+    config.lr = 1e-3
+    config.weight_decay = 0.01
+    config.clip_norm = 1.0  # global norm of the gradients of what a step trains
+    config.scheduler_type = "constant_with_warmup"  # or linear, cosine, cosine_with_min_lr
+    config.scheduler_specific_kwargs = "{}"  # JSON, such as {"min_lr": 5e-5}
+    config.num_warmup_steps = 0
+
+    # The run.
+    config.seed = 42
+    config.eval_batch_size = 500
+    config.save_every_n_epochs = 10  # evaluate and save a checkpoint
+    config.save_top_k = 1  # best checkpoints kept besides the latest (needs a validation split)
+    config.log_every_n_steps = 50
+    config.postfix = ""  # appended to the name of the run's folder
+    return config

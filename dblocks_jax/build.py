@@ -1,0 +1,150 @@
+"""From a config to the pieces that train and classify: parameters by part, the loss of a step, and the classifier."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from dblocks_jax.augment import normalize
+from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps
+from dblocks_jax.denoiser import denoise_step
+from dblocks_jax.diffusion.noise import SigmaRange, block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
+from dblocks_jax.diffusion.sampler import initial_z, sample
+from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
+from dblocks_jax.models.vit import Architecture, ViT
+from dblocks_jax.objective import BlockLoss, plain_loss
+from dblocks_jax.optimizer import Params
+from dblocks_jax.streams import block_at, stream
+
+KARRAS_RHO = 7.0
+
+# (parameters by part, uint8 images, position of each in its split) -> logits after each denoising step
+Classifier = Callable[[dict[str, Params], UInt8[Array, "b h w c"], Int[Array, " b"]], Float[Array, "n b classes"]]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model without its numbers: the structure of each part. Parameters are kept by part, in nested dicts.
+
+    The plain model has the one part "model"; a DiffusionBlocks model has "shared", "block_0", "block_1", ...
+    """
+
+    parts: dict[str, nnx.GraphDef]
+
+    @classmethod
+    def of(cls, model: ViT | DBlockViT) -> tuple["Blueprint", dict[str, Params]]:
+        """Take a model apart: (structure, parameters by part)."""
+        if isinstance(model, ViT):
+            modules = {"model": model}
+        else:
+            modules = {"shared": model.shared} | {f"block_{b}": block for b, block in enumerate(model.blocks)}
+        split = {name: nnx.split(module, nnx.Param) for name, module in modules.items()}
+        params = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
+        return cls({name: graphdef for name, (graphdef, _) in split.items()}), params
+
+    def model(self, params: dict[str, Params]) -> ViT | DBlockViT:
+        """Put a model together again."""
+        modules = {name: nnx.merge(graphdef, params[name]) for name, graphdef in self.parts.items()}
+        if "model" in modules:
+            return modules["model"]
+        return DBlockViT(modules["shared"], [modules[f"block_{b}"] for b in range(len(modules) - 1)])
+
+
+def new_model(config: ConfigDict, arch: Architecture) -> ViT | DBlockViT:
+    """A freshly initialised model, a function of (config, seed) alone."""
+    rngs = nnx.Rngs(stream(config.seed, "init", 0))
+    if config.model_type == "vit":
+        return ViT(arch, rngs=rngs)
+    return make_dblock_vit(arch, config.num_blocks, rngs=rngs)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What each training step trains: the names of its parts, and the noise they see (None for the plain model)."""
+
+    seed: int
+    ranges: tuple[SigmaRange, ...]
+
+    def at(self, step: int) -> tuple[tuple[str, ...], int, SigmaRange | None]:
+        """(part names, block, noise range) of a step."""
+        if not self.ranges:
+            return ("model",), 0, None
+        block = block_at(self.seed, step, len(self.ranges))
+        return ("shared", f"block_{block}"), block, self.ranges[block]
+
+
+def make_objective(config: ConfigDict, blueprint: Blueprint):
+    """(loss of a training step, what each step trains)."""
+    if config.model_type == "vit":
+        return partial(plain_loss, graphdef=blueprint.parts["model"]), Curriculum(config.seed, ())
+    noise = noise_distribution(config)
+    ranges = training_ranges(noise, block_edges(noise, config.num_blocks), config.gamma)
+    loss = BlockLoss(
+        shared=blueprint.parts["shared"],
+        block=blueprint.parts["block_0"],
+        hidden_size=config.hidden_size,
+        p_mean=config.p_mean,
+        p_std=config.p_std,
+        sigma_data=config.sigma_data,
+        weighting=config.weighting,
+        image_dropout=image_dropout(config),
+    )
+    return loss, Curriculum(config.seed, tuple(ranges))
+
+
+def make_classifier(
+    config: ConfigDict, blueprint: Blueprint, *, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Classifier:
+    """Build the classifier that a config describes. It compiles once for all blocks and steps.
+
+    An image's starting noise depends on the seed and its position in the split alone, not on the batch around it.
+    """
+    if config.model_type == "vit":
+
+        @jax.jit
+        def classify_plain(params, images, positions):
+            del positions
+            return nnx.merge(blueprint.parts["model"], params["model"])(normalize(images, mean, std))[None]
+
+        return classify_plain
+
+    noise = noise_distribution(config)
+    rho = KARRAS_RHO if config.sampler_spacing == "karras" else None
+    sigmas = inference_sigmas(noise, num_inference_steps(config), rho=rho)
+    blocks = blocks_of_sigmas(block_edges(noise, config.num_blocks), sigmas)
+
+    @jax.jit
+    def start(images, positions):
+        keys = jax.vmap(partial(stream, config.seed, "sampler"))(positions)
+        unit_noise = jax.vmap(lambda key: jax.random.normal(key, (config.hidden_size,)))(keys)
+        return normalize(images, mean, std), initial_z(unit_noise, sigmas[0], config.init_noise_scale)
+
+    @jax.jit
+    def step(shared, block, images, z, sigma, sigma_next):
+        return denoise_step(
+            nnx.merge(blueprint.parts["shared"], shared), nnx.merge(blueprint.parts["block_0"], block),
+            images, z, sigma, sigma_next,
+            sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table,
+        )  # fmt: skip
+
+    def classify(params, images, positions):
+        images, z = start(images, positions)
+
+        def block_step(block: int, z: Array, sigma: np.float32, sigma_next: np.float32):
+            return step(params["shared"], params[f"block_{block}"], images, z, sigma, sigma_next)
+
+        return sample(block_step, z, sigmas, blocks)[0]
+
+    return classify
+
+
+@jax.jit
+def summarize(logits: Float[Array, "n b classes"]) -> tuple[Int[Array, "n b"], Float[Array, "b classes"]]:
+    """What evaluation keeps of the logits of all steps: the label each step believes, and the last step's logits."""
+    return jnp.argmax(logits, axis=-1), logits[-1]

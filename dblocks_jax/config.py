@@ -1,0 +1,190 @@
+"""What a config means: its checks, and the objects the rest of the program is built from."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dblocks_jax.data import steps_per_epoch
+from dblocks_jax.datasets import Dataset
+from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges
+from dblocks_jax.errors import UserError
+from dblocks_jax.models.vit import Architecture
+from dblocks_jax.optimizer import learning_rate
+
+CHOICES = {
+    "model_type": ("vit", "dblock"),
+    "pool": ("cls", "mean"),
+    "weighting": ("batch_mean", "per_sample", "none"),
+    "sampler_spacing": ("cdf", "karras"),
+    "label_table": ("raw", "normalized"),
+}
+POSITIVE = (
+    "image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks",
+    "sigma_min", "sigma_max", "sigma_data", "p_std", "num_epochs", "batch_size", "accumulate_grad_batches",
+    "clip_norm", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
+    "seed", "save_top_k",
+)  # fmt: skip
+BELOW_ONE = ("dropout", "class_dropout_prob")
+LARGEST_SEED = 2**32 - 1
+
+# Fields that neither training nor its result depends on: a resumed run may change them.
+FREE_TO_CHANGE = ("data_dir", "eval_batch_size", "log_every_n_steps", "postfix", "save_every_n_epochs", "save_top_k")
+# Fields that only the sampler reads: `--mode=eval` may change them too.
+SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuse what cannot work, before any data is read.
+
+    Raises:
+      UserError: naming the field, its value and what it must be.
+    """
+    for field, value in config.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{field} must be a finite number, not {value}")
+    for field, choices in CHOICES.items():
+        if config[field] not in choices:
+            raise UserError(f"{field} is {config[field]!r}; choose one of {', '.join(choices)}")
+    for field in POSITIVE:
+        if config[field] <= 0:
+            raise UserError(f"{field} must be greater than 0, not {config[field]}")
+    for field in NOT_NEGATIVE:
+        if config[field] < 0:
+            raise UserError(f"{field} must not be negative, but is {config[field]}")
+    for field in BELOW_ONE:
+        if not 0 <= config[field] < 1:
+            raise UserError(f"{field} must lie in [0, 1), not {config[field]}")
+    if not 0 <= config.gamma <= 0.5:
+        raise UserError(f"gamma must lie in [0, 0.5], not {config.gamma}")
+    if not 0 <= config.val_fraction <= 0.5:
+        raise UserError(f"val_fraction must lie in [0, 0.5], not {config.val_fraction}")
+    if config.seed > LARGEST_SEED:
+        raise UserError(f"seed must be at most {LARGEST_SEED}, not {config.seed}")
+    _check_divides(config, "patch_size", "image_size")
+    _check_divides(config, "num_heads", "hidden_size")
+    if config.model_type == "dblock":
+        _check_diffusion(config)
+    schedule(config, total_steps=1)
+
+
+def _check_divides(config: ConfigDict, divisor: str, field: str) -> None:
+    if config[field] % config[divisor]:
+        raise UserError(f"{divisor}={config[divisor]} must divide {field}={config[field]}")
+
+
+def _check_diffusion(config: ConfigDict) -> None:
+    _check_divides(config, "num_blocks", "num_layers")
+    if config.hidden_size < 6:
+        raise UserError(f"hidden_size must be at least 6 for a conditioned model, not {config.hidden_size}")
+    if config.sigma_min >= config.sigma_max:
+        raise UserError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}")
+    edges = block_edges(noise_distribution(config), config.num_blocks)
+    if not all(high > low * (1 + 1e-6) for high, low in pairwise(edges)):
+        raise UserError(
+            f"p_mean={config.p_mean}, p_std={config.p_std} put almost no noise between sigma_min={config.sigma_min} "
+            f"and sigma_max={config.sigma_max}: it cannot be shared out among {config.num_blocks} blocks"
+        )
+
+
+def noise_distribution(config: ConfigDict) -> NoiseDistribution:
+    """The distribution of sigma in training."""
+    return NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
+
+
+def architecture(config: ConfigDict, dataset: Dataset) -> Architecture:
+    """The transformer's sizes, for the images and classes of `dataset`."""
+    return Architecture(
+        image_size=config.image_size,
+        channels=dataset.image_shape[2],
+        num_labels=len(dataset.class_names),
+        patch_size=config.patch_size,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        dropout_rate=config.dropout,
+        pool=config.pool,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def image_dropout(config: ConfigDict) -> float:
+    """Probability of an all-zero training image: without guidance none, as in the released code."""
+    return config.class_dropout_prob if config.cfg_scale > 0 else 0.0
+
+
+def num_inference_steps(config: ConfigDict) -> int:
+    """Denoising steps of the sampler."""
+    return config.num_inference_steps or config.num_blocks
+
+
+def epochs_and_steps(config: ConfigDict, num_images: int) -> tuple[int, int]:
+    """(passes over the data, updates in each). A pass for each block, so that a layer sees as many as in the plain
+    model; every update takes `accumulate_grad_batches` full batches.
+
+    Raises:
+      UserError: not even one update's images are there.
+    """
+    images_per_update = config.batch_size * config.accumulate_grad_batches
+    steps = steps_per_epoch(num_images, images_per_update)
+    return config.num_epochs * (config.num_blocks if config.model_type == "dblock" else 1), steps
+
+
+def schedule(config: ConfigDict, total_steps: int):
+    """Step -> learning rate, for a run of `total_steps` updates."""
+    return learning_rate(
+        config.scheduler_type,
+        lr=config.lr,
+        num_warmup_steps=config.num_warmup_steps,
+        total_steps=total_steps,
+        specific_kwargs=config.scheduler_specific_kwargs,
+    )
+
+
+def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
+    """Refuse to go on in a workdir whose run had another config.
+
+    Fields in FREE_TO_CHANGE may differ, and `num_epochs` may grow where the learning rate does not depend on it.
+
+    Raises:
+      UserError: naming each field that differs, with both values.
+    """
+    now = config.to_dict()
+    constant = config.scheduler_type == "constant_with_warmup"
+    differing = [
+        f"{field} was {saved.get(field, 'absent')!r}, is {now.get(field, 'absent')!r}"
+        for field in sorted(saved.keys() | now.keys())
+        if saved.get(field) != now.get(field)
+        and field not in FREE_TO_CHANGE
+        and not (field == "num_epochs" and constant and saved.get(field, 0) <= now[field])
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run with another config: {'; '.join(differing)}. "
+            "Set --workdir or --config.postfix for a run of its own, or repeat the first run's settings to resume it."
+        )
+
+
+def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: ConfigDict) -> ConfigDict:
+    """The config of a saved run, with the sampler and evaluation fields given on the command line.
+
+    `config` supplies the fields' types and what no run saves; everything else comes from the checkpoint.
+
+    Raises:
+      UserError: an override contradicts how the model was trained.
+    """
+    result = ConfigDict({**config.to_dict(), **saved})
+    for field, value in overrides.items():
+        if field in SAMPLER_FIELDS or field in FREE_TO_CHANGE:
+            result[field] = value
+        elif saved.get(field) != value:
+            raise UserError(
+                f"--config.{field}={value!r} contradicts the checkpoint, which was trained with {saved.get(field)!r}; "
+                f"evaluation takes {', '.join((*SAMPLER_FIELDS, *FREE_TO_CHANGE))}"
+            )
+    return result

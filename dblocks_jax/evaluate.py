@@ -1,0 +1,96 @@
+"""Score a classifier on a split: every image exactly once, whatever the batch size."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+
+from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model, summarize
+from dblocks_jax.checkpoint import Checkpoints
+from dblocks_jax.config import SAMPLER_FIELDS, architecture, check_config, for_evaluation
+from dblocks_jax.data import eval_batches
+from dblocks_jax.datasets import Source, load_dataset
+from dblocks_jax.devices import make_mesh, replicate, shard_batch
+from dblocks_jax.errors import UserError
+from dblocks_jax.optimizer import Params
+from dblocks_jax.workdir import saved_config
+
+
+def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Score a saved run on its test split: `checkpoint` is "best", "last" or a step.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or an override contradicts it.
+    """
+    saved = saved_config(workdir)
+    if saved is None:
+        raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
+    config = for_evaluation(saved, overrides, config)
+    check_config(config)
+    mesh = make_mesh()
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        step = checkpoints.find(checkpoint)
+        dataset = load_dataset(
+            config.dataset,
+            data_dir=config.data_dir,
+            image_size=config.image_size,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+        )
+        blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
+        params = checkpoints.restore_params(step, replicate(params, mesh))
+    classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
+    scores = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
+    sampler = {field: config[field] for field in SAMPLER_FIELDS} if config.model_type == "dblock" else {}
+    return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **scores, "sampler": sampler}
+
+
+def evaluate(
+    classify: Classifier, params: dict[str, Params], source: Source, *, batch_size: int, mesh: Mesh
+) -> dict[str, Any]:
+    """Metrics of one split, as `metrics` returns them. The batch is rounded up to a multiple of the devices."""
+    batch_size = math.ceil(min(batch_size, len(source)) / mesh.size) * mesh.size
+    results, count = [], 0
+    for batch in eval_batches(source, batch_size=batch_size):
+        positions = (count + np.arange(batch_size)).astype(np.int32)
+        on_device = shard_batch({"image": batch["image"], "position": positions}, mesh)
+        logits = classify(params, on_device["image"], on_device["position"])
+        results.append((summarize(logits), batch["mask"]))
+        count += int(batch["mask"].sum())
+        if len(results) > 2:  # the device works on two batches while earlier results come home
+            results[-3] = jax.device_get(results[-3])
+    results = jax.device_get(results)
+    believed = np.concatenate([labels[:, mask] for (labels, _), mask in results], axis=1)
+    logits = np.concatenate([logits[mask] for (_, logits), mask in results])
+    return metrics(believed, logits, source.labels)
+
+
+def metrics(
+    believed: Int[np.ndarray, "n images"],
+    logits: Float[np.ndarray, "images classes"],
+    labels: Int[np.ndarray, " images"],
+) -> dict[str, Any]:
+    """Scores in [0, 1] and cross-entropy in nats, from each step's labels and the last step's logits.
+
+    top1, top5 (of equal logits the lower label ranks first), macro_f1 (the mean over all classes), cross_entropy,
+    accuracy_by_step (its last entry is top1), num_images.
+    """
+    from sklearn.metrics import f1_score
+
+    num_classes = logits.shape[1]
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    return {
+        "num_images": len(labels),
+        "top1": float(np.mean(believed[-1] == labels)),
+        "top5": float(np.mean((top5 == labels[:, None]).any(axis=1))),
+        "macro_f1": float(f1_score(labels, believed[-1], labels=range(num_classes), average="macro", zero_division=0)),
+        "cross_entropy": float(-np.mean(log_probs[np.arange(len(labels)), labels])),
+        "accuracy_by_step": [float(accuracy) for accuracy in np.mean(believed == labels, axis=1)],
+    }

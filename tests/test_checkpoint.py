@@ -1,0 +1,88 @@
+"""Checkpoints: exact round trips, which are kept, and what is said when one does not fit."""
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dblocks_jax.checkpoint import Checkpoints, differences
+from dblocks_jax.errors import UserError
+from dblocks_jax.optimizer import Part, new_part
+
+
+def parts_of(value: float) -> dict[str, Part]:
+    """A shared part and a block, with one update's worth of state."""
+    params = {"shared": {"w": jnp.full((2, 3), value)}, "block_0": {"layers": {0: {"b": jnp.full(4, -value)}}}}
+    parts = {name: new_part(p) for name, p in params.items()}
+    return {
+        name: Part(part.params, part.adam._replace(count=part.adam.count + 7, mu=jax.tree.map(jnp.sin, part.params)))
+        for name, part in parts.items()
+    }
+
+
+def iterator():
+    return iter(grain.MapDataset.range(10).seed(0).shuffle().repeat().to_iter_dataset())
+
+
+def test_everything_comes_back_bit_for_bit_even_after_donation(tmp_path):
+    parts, data = parts_of(1 / 3), iterator()
+    expected = jax.device_get(parts)
+    for _ in range(3):
+        next(data)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, parts, data, None)
+        double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
+        jax.block_until_ready(double(double(parts)))  # overwrites the buffers while they may still be written
+        following = [next(data) for _ in range(12)]
+    with Checkpoints(tmp_path) as checkpoints:
+        fresh = iterator()
+        restored = checkpoints.restore(5, parts_of(0.0), fresh)
+        assert [next(fresh) for _ in range(12)] == following
+    assert jax.tree.structure(restored) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path):
+    data = iterator()
+    with Checkpoints(tmp_path, save_top_k=1) as checkpoints:
+        for step, top1 in [(10, 0.2), (20, 0.9), (30, 0.4), (40, 0.5), (50, 0.3)]:
+            checkpoints.save(step, parts_of(float(step)), data, {"top1": top1})
+        checkpoints.wait()
+        assert (checkpoints.best(), checkpoints.latest()) == (20, 50)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert [checkpoints.find(which) for which in ("best", "last", "40")] == [20, 50, 40]
+        with pytest.raises(UserError, match=r"'30'.*\[20, 40, 50\]"):
+            checkpoints.find("30")
+        params = checkpoints.restore_params(20, {name: part.params for name, part in parts_of(0.0).items()})
+    np.testing.assert_array_equal(params["shared"]["w"], 20.0)
+
+
+def test_without_validation_the_best_is_the_last(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() is None and checkpoints.best() is None
+        with pytest.raises(UserError, match="no checkpoint yet"):
+            checkpoints.find("best")
+        for step in (1, 2, 3):
+            checkpoints.save(step, parts_of(float(step)), iterator(), None)
+        checkpoints.wait()
+        assert checkpoints.best() == 3
+
+
+def test_a_checkpoint_of_another_architecture_is_explained_by_parameter(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, parts_of(1.0), iterator(), None)
+        checkpoints.wait()
+        wanted = {"shared": new_part({"w": jnp.zeros((2, 4))}), "block_1": new_part({"b": jnp.zeros(4)})}
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(1, wanted, iterator())
+    lines = str(error.value).splitlines()
+    assert [line.strip() for line in lines[1:]] == [
+        "block_0/layers/0/b: expected nothing, found float32[4]",
+        "block_1/b: expected float32[4], found nothing",
+        "shared/w: expected float32[2, 4], found float32[2, 3]",
+    ]
+
+
+def test_equal_trees_do_not_differ():
+    assert differences(expected={"a": "float32[2]"}, found={"a": "float32[2]"}) == []

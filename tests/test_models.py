@@ -1,0 +1,123 @@
+"""Both transformers: sizes, initial behaviour and invariances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
+from dblocks_jax.models.layers import Attention, dropout, sinusoidal_features
+from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
+
+TINY = Architecture(
+    image_size=8, channels=3, num_labels=5, patch_size=4, num_layers=4, hidden_size=12, num_heads=3,
+    intermediate_size=20, dropout_rate=0.0, pool="cls",
+)  # fmt: skip
+
+
+def count(module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def test_parameter_counts_of_the_cifar_models():
+    """By hand: 12 layers of 4 d^2 + 2 d m weights, biases and norms; conditioned ones add 6d(d/6) + 6d each."""
+    d, m, labels, k = 128, 3072, 100, 128 // 6
+    layer = 4 * (d * d + d) + (d * m + m) + (m * d + d) + 4 * d
+    common = (48 * d + d) + 65 * d + 2 * d + (labels * d + labels)
+    arch = Architecture(32, 3, labels, 4, 12, d, 4, m, 0.1, "cls")
+    plain = nnx.eval_shape(lambda: ViT(arch, rngs=nnx.Rngs(0)))
+    assert count(plain) == common + d + 12 * layer
+    assert round(count(plain) / 1e6, 1) == 10.3
+    parts = nnx.eval_shape(
+        lambda: (lambda m: (m.shared, nnx.List(m.blocks)))(make_dblock_vit(arch, 3, rngs=nnx.Rngs(0)))
+    )
+    noise = (256 * k + k) + (k * k + k)
+    conditioned = common + labels * d + noise + (2 * d * k + 2 * d) + 12 * (layer + 6 * d * k + 6 * d)
+    assert sum(count(part) for part in parts) == conditioned
+    assert round(conditioned / 1e6, 1) == 10.5
+
+
+def test_a_fresh_block_is_the_identity_and_knows_nothing(key):
+    """Gates start at 0, so the layers add nothing; the head starts at 0, so every label is as likely."""
+    model = make_dblock_vit(TINY, 2, rngs=nnx.Rngs(0))
+    images, z = jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 12))
+    tokens = model.shared.embed(images, z, None)
+    cond = model.shared.noise(jnp.array([0.1, -2.0]))
+    np.testing.assert_array_equal(model.blocks[0](tokens, cond, None), tokens)
+    assert not model.shared.classify(z, cond).any()
+
+
+def test_blocks_start_different_but_alike_in_structure():
+    first, second = make_dblock_vit(TINY, 2, rngs=nnx.Rngs(0)).blocks
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+    kernels = [block.layers[0].mlp.output.kernel[...] for block in (first, second)]
+    assert not np.array_equal(*kernels)
+
+
+def test_attention_does_not_care_about_the_order_of_tokens(key):
+    attention = Attention(12, 3, 0.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(key, (1, 5, 12))
+    order = jnp.array([3, 0, 4, 2, 1])
+    np.testing.assert_allclose(attention(x[:, order], None), attention(x, None)[:, order], atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_pooling(pool, key):
+    tokens = jax.random.normal(key, (2, 5, 3))
+    expected = tokens[:, 0] if pool == "cls" else tokens[:, 1:].sum(axis=1) / 4
+    np.testing.assert_allclose(pool_tokens(tokens, pool), expected, rtol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_the_rate(key):
+    x = jnp.ones((200, 500))
+    dropped = np.asarray(dropout(x, 0.1, key))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.9)}
+    kept = np.mean(dropped > 0)  # 100,000 draws: standard deviation 0.00095
+    assert abs(kept - 0.9) < 0.004
+    assert dropout(x, 0.1, None) is x
+
+
+def test_dropout_reaches_the_plain_model_and_only_with_a_key(key):
+    arch = Architecture(**(vars(TINY) | {"dropout_rate": 0.5}))
+    model = ViT(arch, rngs=nnx.Rngs(0))
+    images = jax.random.normal(key, (1, 8, 8, 3))
+    np.testing.assert_array_equal(model(images), model(images))
+    assert not np.allclose(model(images, key), model(images, jax.random.key(1)))
+
+
+def test_gradient_checkpointing_changes_no_value(key):
+    """Same dropout, same output, same gradients, computed twice."""
+    images, z = jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 12))
+
+    def value_and_grad(remat: bool):
+        arch = Architecture(**(vars(TINY) | {"dropout_rate": 0.3, "gradient_checkpointing": remat}))
+        model = make_dblock_vit(arch, 2, rngs=nnx.Rngs(0))
+        shared, (graphdef, params) = model.shared, nnx.split(model.blocks[0])
+        # Open the gates: at their zero start the layers would add nothing to compare.
+        params = jax.tree.map(lambda p: p + 0.05, params)
+        return jax.jit(
+            jax.value_and_grad(
+                lambda p: jnp.sum(run_block(shared, nnx.merge(graphdef, p), images, z, jnp.zeros(2), key)[0] ** 3)
+            )
+        )(params)
+
+    (plain, plain_grads), (remat, remat_grads) = value_and_grad(False), value_and_grad(True)
+    np.testing.assert_allclose(plain, remat, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(remat_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def test_noise_features_are_cosines_then_sines():
+    features = sinusoidal_features(jnp.array([0.0, 1.5]))
+    np.testing.assert_allclose(features[0], np.repeat([1.0, 0.0], 128), atol=1e-7)
+    np.testing.assert_allclose(features[1, [0, 128]], [np.cos(1.5), np.sin(1.5)], rtol=1e-6)
+    slowest = 1.5 * 10_000 ** (-127 / 128)
+    np.testing.assert_allclose(features[1, 255], np.sin(slowest), rtol=1e-4)
+
+
+def test_targets_have_unit_norm_and_a_zero_row_no_nan():
+    table = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(normalize_rows(table)[0], [0.6, 0.8], rtol=1e-6)
+    gradient = jax.grad(lambda t: normalize_rows(t).sum())(table)
+    assert np.isfinite(gradient).all()

@@ -1,0 +1,131 @@
+"""The training step: one compilation, untouched parameters, accumulation, and independence from devices and seeds."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.models.vit import Architecture
+from dblocks_jax.optimizer import new_part
+from dblocks_jax.step import Augmentation, make_train_step
+from dblocks_jax.streams import block_at, stream
+
+ARCH = Architecture(8, 1, 4, 4, 2, 12, 2, 16, 0.0, "mean")
+PLAIN_AUGMENTATION = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
+
+
+def setup(model_type: str = "dblock", *, accumulate: int = 1, augmentation=PLAIN_AUGMENTATION):
+    config = common.get_config()
+    config.update(model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12, weighting="none")
+    blueprint, params = Blueprint.of(new_model(config, ARCH))
+    loss_fn, curriculum = make_objective(config, blueprint)
+    step = make_train_step(
+        loss_fn, augmentation=augmentation, mean=(0.5,), std=(0.25,), seed=3, weight_decay=0.01, clip_norm=1.0,
+        accumulate=accumulate,
+    )  # fmt: skip
+    return step, {name: new_part(part) for name, part in params.items()}, curriculum
+
+
+def batch(count: int):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, 8, 8, 1), np.uint8), rng.integers(0, 4, count, np.int32)
+
+
+def run(step, parts, names, number: int, within, images, labels):
+    active = tuple(parts.pop(name) for name in names)
+    active, metrics = step(active, images, labels, np.int32(number), np.float32(1e-2), within)
+    parts.update(zip(names, active, strict=True))
+    return metrics
+
+
+def test_one_compilation_for_all_blocks_and_nothing_else_moves():
+    step, parts, curriculum = setup()
+    before = jax.device_get(parts)
+    images, labels = batch(4)
+    for number, block in enumerate([0, 1, 0]):
+        metrics = run(step, parts, ("shared", f"block_{block}"), number, curriculum.ranges[block], images, labels)
+        assert all(np.isfinite(value) for value in metrics.values())
+    assert step._cache_size() == 1
+    counts = {name: int(part.adam.count) for name, part in parts.items()}
+    assert counts == {"shared": 3, "block_0": 2, "block_1": 1}
+    moved = {name: not np.array_equal(*both) for name, both in _pairs(before, parts)}
+    assert all(moved.values())
+
+    step, parts, curriculum = setup()
+    run(step, parts, ("shared", "block_1"), 0, curriculum.ranges[1], images, labels)
+    for a, b in zip(jax.tree.leaves(before["block_0"]), jax.tree.leaves(parts["block_0"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _pairs(before, after):
+    return [
+        (name, (jax.tree.leaves(before[name].params)[0], np.asarray(jax.tree.leaves(after[name].params)[0])))
+        for name in before
+    ]
+
+
+def test_a_step_may_reuse_the_memory_of_what_it_replaces():
+    step, parts, _ = setup("vit")
+    part = parts["model"]
+    images, labels = batch(4)
+    step((part,), images, labels, np.int32(0), np.float32(1e-2), None)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(part.params))
+
+
+def test_accumulating_micro_batches_equals_one_large_batch():
+    """Without dropout and augmentation the plain loss is a mean over images, so the cut makes no difference."""
+    images, labels = batch(8)
+    results = []
+    for accumulate in (1, 4):
+        step, parts, _ = setup("vit", accumulate=accumulate)
+        metrics = run(step, parts, ("model",), 0, None, images, labels)
+        results.append((jax.device_get(metrics), jax.device_get(parts["model"].adam.mu)))
+    (whole, whole_moments), (cut, cut_moments) = results
+    for name in whole:
+        np.testing.assert_allclose(cut[name], whole[name], rtol=1e-5, err_msg=name)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(whole_moments))
+    for a, b in zip(jax.tree.leaves(cut_moments), jax.tree.leaves(whole_moments), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * largest)
+
+
+def test_the_same_step_draws_the_same_noise_and_another_step_other_noise():
+    images, labels = batch(4)
+    losses = []
+    for number in (5, 5, 6):
+        step, parts, curriculum = setup(augmentation=Augmentation(1, True, False, False))
+        losses.append(
+            float(run(step, parts, ("shared", "block_0"), number, curriculum.ranges[0], images, labels)["grad_norm"])
+        )
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_streams_differ_by_seed_name_and_step():
+    draws = {
+        (seed, name, step): float(jax.random.normal(stream(seed, name, step)))
+        for seed in (0, 1) for name in ("train", "init") for step in (0, 1)
+    }  # fmt: skip
+    assert len(set(draws.values())) == 8
+
+
+def test_blocks_are_drawn_uniformly_and_repeatably():
+    drawn = [block_at(0, step, 3) for step in range(3000)]
+    counts = np.bincount(drawn, minlength=3)  # standard deviation 26
+    assert np.all(np.abs(counts - 1000) < 110)
+    assert drawn == [block_at(0, step, 3) for step in range(3000)]
+    assert drawn != [block_at(1, step, 3) for step in range(3000)]
+
+
+@pytest.mark.parametrize("model_type", ["vit", "dblock"])
+def test_a_model_can_be_taken_apart_and_put_together(model_type):
+    config = common.get_config()
+    config.update(model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12)
+    blueprint, params = Blueprint.of(new_model(config, ARCH))
+    again, params_again = Blueprint.of(blueprint.model(params))
+    assert again == blueprint
+    jax.tree.map(partial(np.testing.assert_array_equal), params, params_again)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 0
+    assert jnp.isfinite(jax.tree.leaves(params)[0]).all()
