@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
 
     # Optimisation.
     config.num_epochs = 500
+    config.max_steps = 0  # stop after so many updates, if num_epochs does not before; 0 is no limit
     config.batch_size = 128
     config.accumulate_grad_batches = 1  # batches for each update
     config.gradient_checkpointing = False  # keep only each layer's input for the backward pass

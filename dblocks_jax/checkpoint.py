@@ -18,7 +18,7 @@ LATEST_KEPT = 2  # a second one to fall back on, should the newest be damaged
 class Checkpoints:
     """The checkpoints of one workdir, by step. As a context manager it waits for writes and raises their errors.
 
-    The best are chosen by `top1` of the metrics they were saved with; without metrics only the latest are kept.
+    The `save_top_k` best by `top1` of the metrics they were saved with are kept besides the latest.
     """
 
     def __init__(self, workdir: Path, *, save_top_k: int = 0, read_only: bool = False):
@@ -33,7 +33,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            best_fn=top1,
+            best_fn=top1 if read_only or save_top_k else None,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(LATEST_KEPT), best]),
             save_decision_policy=policies.FixedIntervalPolicy(1),
         )
@@ -68,10 +68,10 @@ class Checkpoints:
           UserError: there is no checkpoint, or not that one.
         """
         steps = self._manager.all_steps()
-        found = {"best": self.best(), "last": self.latest()}.get(which, int(which) if which.isdecimal() else None)
         if not steps:
             raise UserError(f"{self._workdir} holds no checkpoint yet: train it first")
-        if found not in steps:
+        found = {"best": self.best(), "last": self.latest()}.get(which, int(which) if which.isdecimal() else None)
+        if found is None or found not in steps:
             raise UserError(f"{self._workdir} has no checkpoint {which!r}; choose best, last or one of {steps}")
         return found
 

@@ -27,7 +27,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
-    "seed", "save_top_k",
+    "seed", "save_top_k", "max_steps",
 )  # fmt: skip
 BELOW_ONE = ("dropout", "class_dropout_prob")
 LARGEST_SEED = 2**32 - 1
@@ -123,16 +123,18 @@ def num_inference_steps(config: ConfigDict) -> int:
     return config.num_inference_steps or config.num_blocks
 
 
-def epochs_and_steps(config: ConfigDict, num_images: int) -> tuple[int, int]:
-    """(passes over the data, updates in each). A pass for each block, so that a layer sees as many as in the plain
-    model; every update takes `accumulate_grad_batches` full batches.
+def count_steps(config: ConfigDict, num_images: int) -> tuple[int, int]:
+    """(updates in all, updates in one pass over the data).
+
+    `num_epochs` passes for each block, so that a layer is updated as often as in the plain model. An update takes
+    `accumulate_grad_batches` full batches.
 
     Raises:
       UserError: not even one update's images are there.
     """
-    images_per_update = config.batch_size * config.accumulate_grad_batches
-    steps = steps_per_epoch(num_images, images_per_update)
-    return config.num_epochs * (config.num_blocks if config.model_type == "dblock" else 1), steps
+    per_epoch = steps_per_epoch(num_images, config.batch_size * config.accumulate_grad_batches)
+    total = config.num_epochs * per_epoch * (config.num_blocks if config.model_type == "dblock" else 1)
+    return min(total, config.max_steps or total), per_epoch
 
 
 def schedule(config: ConfigDict, total_steps: int):
@@ -149,25 +151,31 @@ def schedule(config: ConfigDict, total_steps: int):
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
     """Refuse to go on in a workdir whose run had another config.
 
-    Fields in FREE_TO_CHANGE may differ, and `num_epochs` may grow where the learning rate does not depend on it.
+    Fields in FREE_TO_CHANGE may differ; `num_epochs` and `max_steps` may grow where the learning rate does not depend
+    on the run's length.
 
     Raises:
       UserError: naming each field that differs, with both values.
     """
     now = config.to_dict()
-    constant = config.scheduler_type == "constant_with_warmup"
+    may_grow = ("num_epochs", "max_steps") if config.scheduler_type == "constant_with_warmup" else ()
     differing = [
         f"{field} was {saved.get(field, 'absent')!r}, is {now.get(field, 'absent')!r}"
         for field in sorted(saved.keys() | now.keys())
         if saved.get(field) != now.get(field)
         and field not in FREE_TO_CHANGE
-        and not (field == "num_epochs" and constant and saved.get(field, 0) <= now[field])
+        and not (field in may_grow and _length(saved.get(field, 0)) <= _length(now[field]))
     ]
     if differing:
         raise UserError(
             f"{workdir} holds a run with another config: {'; '.join(differing)}. "
             "Set --workdir or --config.postfix for a run of its own, or repeat the first run's settings to resume it."
         )
+
+
+def _length(value: int) -> float:
+    """0 stands for no limit."""
+    return value or math.inf
 
 
 def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: ConfigDict) -> ConfigDict:

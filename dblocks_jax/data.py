@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -54,6 +54,7 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} must be a multiple of the {process_count} processes")
     share = batch_size // process_count
+    labels = source.labels  # once: of a subset they are gathered
 
     @lru_cache(maxsize=2)  # threads that read ahead are at most one epoch apart
     def order(epoch: int) -> Int[np.ndarray, " n"]:
@@ -63,10 +64,10 @@ def train_batches(
         epoch, position = divmod(int(step), steps)
         start = position * batch_size + process_index * share
         indices = order(epoch)[start : start + share]
-        return {"image": source.images(indices), "label": source.labels[indices]}
+        return {"image": source.images(indices), "label": labels[indices]}
 
     # Not MapDataset.shuffle: it draws one index at a time, which takes longer than gathering the images.
-    return iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options()))
+    return cast(Batches, iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options())))
 
 
 def eval_batches(source: Source, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -76,12 +77,14 @@ def eval_batches(source: Source, *, batch_size: int) -> Iterator[dict[str, np.nd
     """
     import grain
 
+    labels = source.labels
+
     def batch(start: int) -> dict[str, np.ndarray]:
         positions = np.arange(start, start + batch_size)
         indices = np.minimum(positions, len(source) - 1)
         return {
             "image": source.images(indices),
-            "label": source.labels[indices],
+            "label": labels[indices],
             "mask": positions < len(source),
         }
 

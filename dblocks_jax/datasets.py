@@ -153,7 +153,7 @@ def load_dataset(name: str, *, data_dir: str, image_size: int, val_fraction: flo
     else:
         from dblocks_jax.tfds_builders import prepare
 
-        builder = prepare(name, root)
+        builder: Any = prepare(name, root)
         class_names = tuple(builder.info.features["label"].names)
 
         def load(which: str) -> ArraySource:
@@ -175,7 +175,9 @@ def _with_val(load: Callable[[str], Source], name: str, fraction: float, seed: i
         train = load("train")
         kept, held_out = _hold_out(train.labels, fraction, seed)
         if not len(held_out):
-            raise UserError(f"val_fraction={fraction} of the {len(train)} training images of {name} is not one a class")
+            raise UserError(
+                f"val_fraction={fraction} of the {len(train)} training images of {name} leaves none: raise it"
+            )
         return Subset(train, kept if which == "train" else held_out)
 
     return split
@@ -252,7 +254,7 @@ def _load_folder(root: Path, image_size: int, val_fraction: float, seed: int) ->
 
 def _visible(folder: Path) -> list[Path]:
     """Entries in the order of their names. Hidden ones are left out: file managers and editors leave some behind."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted((path for path in folder.iterdir() if not path.name.startswith(".")), key=lambda path: path.name)
 
 
 def _list_images(folder: Path, class_names: Sequence[str]) -> tuple[tuple[Path, ...], Int32[np.ndarray, " n"]]:
@@ -310,11 +312,10 @@ def _decode(file: Path | BytesIO, image_size: int) -> UInt8[np.ndarray, "size si
     """The largest centred square, resized to `image_size`: the same as resizing first, but cheap for any shape."""
     try:
         with Image.open(file) as image:
-            rgb = _to_rgb(image)
-        side = min(rgb.size)
-        left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-        box = (left, top, left + side, top + side)
-        return np.asarray(rgb.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            box = (left, top, left + side, top + side)
+            return np.asarray(_to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
     except Exception as error:  # Pillow raises many types
         raise UserError(f"cannot read the image {file}: {error}") from error
 
@@ -322,9 +323,9 @@ def _decode(file: Path | BytesIO, image_size: int) -> UInt8[np.ndarray, "size si
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would turn every level above 255 into white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # a palette with alpha goes to RGB by way of RGBA
+    if image.mode == "P" and "transparency" in image.info:  # Pillow wants such a palette to go by way of RGBA
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_header(path: Path) -> None:

@@ -85,7 +85,7 @@ class Progress:
 
 
 def _is_ready(window: list[tuple[int, Metrics]]) -> bool:
-    return all(value.is_ready() for value in window[-1][1].values())
+    return all(value.is_ready() for value in window[-1][1].values())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _clock(seconds: float) -> str:

@@ -111,8 +111,10 @@ def _entries(model: ViT | DBlockViT) -> Iterator[Entry]:
         yield from _linear("vit.time_embedder.mlp.2", top.noise.linear_2)
         yield from _linear("adaLN_modulation.linear", top.modulation.linear)
     yield _same("vit.embeddings.position_embeddings", top.positions)
-    yield _patch_weight(top.patches.projection.kernel, top.patches.patch_size)
-    yield _same("vit.embeddings.patch_embeddings.projection.bias", top.patches.projection.bias)
+    projection = top.patches.projection
+    assert projection.bias is not None
+    yield _patch_weight(projection.kernel, top.patches.patch_size)
+    yield _same("vit.embeddings.patch_embeddings.projection.bias", projection.bias)
     yield from _norm("vit.layernorm", top.norm)
     yield from _linear("classifier", top.head)
     layers = [layer for block in blocks for layer in block.layers]
@@ -133,6 +135,7 @@ def _layer(prefix: str, layer: Layer) -> Iterator[Entry]:
         lambda *arrays: np.concatenate([array.T for array in arrays], axis=-1),
         lambda x: tuple(part.T for part in split(x)),
     )
+    assert fused.bias is not None
     yield Entry(
         tuple(f"{name}.bias" for name in names), fused.bias, lambda *a: np.concatenate(a), lambda x: tuple(split(x))
     )

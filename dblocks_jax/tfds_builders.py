@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import requests
@@ -18,6 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums, resource
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.util import DownloadError
+from tensorflow_datasets.core.units import Size
 
 from dblocks_jax.errors import UserError
 
@@ -62,7 +64,7 @@ ARCHIVES: Mapping[str, Archive] = MappingProxyType(
 Examples = Iterator[tuple[int, dict[str, object]]]
 
 
-class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # pyright: ignore
     """Splits "train" and "test" of one archive; features "image" and "label"."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -74,8 +76,7 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def url_infos(self) -> dict[str, checksums.UrlInfo]:
         """What TFDS checks a download against."""
         archive = ARCHIVES[self.ARCHIVE]
-        size = tfds.core.utils.Size(archive.num_bytes)
-        return {archive.url: checksums.UrlInfo(size=size, checksum=archive.sha256, filename=archive.filename)}
+        return {archive.url: checksums.UrlInfo(Size(archive.num_bytes), archive.sha256, archive.filename)}
 
     def _image_feature(self) -> tfds.features.FeatureConnector:
         # As bytes: a protobuf list of integers is prepared eight times slower and read two times slower.
@@ -95,7 +96,8 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return Path(dl_manager.download(ARCHIVES[self.ARCHIVE].url))
 
     def _set_class_names(self, names: Iterable[str]) -> None:
-        self.info.features["label"].names = list(names)
+        features: Any = self.info.features
+        features["label"].names = list(names)
 
     def _generate_examples(self, examples: Callable[[], Examples]) -> Examples:
         return examples()
@@ -205,9 +207,9 @@ def prepare(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder:
     manual = downloads / "manual"
     try:
         builder = BUILDERS[name](data_dir=data_dir)
-        if builder.is_prepared():
-            return builder
         if builder.data_path.exists():
+            if builder.is_prepared():
+                return builder
             raise UserError(f"{builder.data_path} is no complete data set: remove it to prepare {name} again")
         if (manual / archive.filename).exists():
             _check_archive(manual / archive.filename, archive)
@@ -243,7 +245,7 @@ def _check_archive(path: Path, archive: Archive) -> None:
 
 
 def _brief(error: Exception) -> str:
-    if isinstance(error, requests.HTTPError):
+    if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"HTTP {error.response.status_code}"
     if isinstance(error, NonMatchingChecksumError):
         return "what the server sent is not the official archive"

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dblocks_jax import workdir as run_folder
 from dblocks_jax.build import Blueprint, make_classifier, make_objective, new_model
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.config import architecture, check_config, check_resumable, epochs_and_steps, schedule
+from dblocks_jax.config import architecture, check_config, check_resumable, count_steps, schedule
 from dblocks_jax.data import train_batches
 from dblocks_jax.datasets import load_dataset
 from dblocks_jax.devices import check_batch_size, make_mesh, replicate, shard_batch
@@ -48,12 +48,11 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         seed=config.seed,
     )
     train_source = dataset.split("train")
-    num_epochs, steps_per_epoch = epochs_and_steps(config, len(train_source))
-    total_steps = num_epochs * steps_per_epoch
+    total_steps, steps_per_epoch = count_steps(config, len(train_source))
     images_per_step = config.batch_size * config.accumulate_grad_batches
     batches = train_batches(train_source, batch_size=images_per_step, seed=config.seed)
-    val_source = dataset.split("val")
-    watched, watched_name = (val_source, "val") if val_source is not None else (dataset.split("test"), "test")
+    val_source, test_source = dataset.split("val"), dataset.split("test")
+    watched, watched_name = (val_source, "val") if val_source is not None else (test_source, "test")
 
     # Model, and what a step does to it.
     blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
@@ -83,8 +82,8 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
             parts = checkpoints.restore(start, parts, batches)
             run_folder.forget_metrics_after(workdir, start)
         logging.info(
-            "%s: %s of %d training images, %d parameters, %d epochs of %d steps, %s",
-            workdir, config.dataset, len(train_source), _count(params), num_epochs, steps_per_epoch,
+            "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
+            workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
             f"resumed at step {start}" if start else "from the start",
         )  # fmt: skip
 
@@ -124,7 +123,7 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         chosen = checkpoints.best()
         assert chosen is not None
         params = checkpoints.restore_params(chosen, {name: part.params for name, part in parts.items()})
-        test_scores = scores_of(params, dataset.split("test"))
+        test_scores = scores_of(params, test_source)
         progress.evaluated(chosen, "test", test_scores)
     return {
         "mode": "train",

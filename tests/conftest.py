@@ -1,16 +1,23 @@
-"""Strictness for every test: shapes checked at run time, no silent broadcasting, flags parsed."""
+"""Strictness for every test: shapes checked at run time, no silent broadcasting, flags parsed.
+
+Programs that several tests compile are compiled once: a persistent cache lives as long as the session.
+"""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+CACHE = tempfile.TemporaryDirectory(prefix="dblocks_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from jaxtyping import install_import_hook
 
 install_import_hook("dblocks_jax", "beartype.beartype")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from absl import flags  # noqa: E402
+import jax
+import pytest
+from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags

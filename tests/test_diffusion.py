@@ -26,7 +26,9 @@ def test_preconditioning_gives_the_network_unit_variance(sigma_data):
 def test_cross_entropy_is_the_log_probability_of_the_label(key):
     logits = jax.random.normal(key, (4, 7))
     labels = jnp.array([0, 6, 3, 3])
-    expected = [-np.log(np.exp(row[label]) / np.exp(row).sum()) for row, label in zip(np.float64(logits), labels, strict=True)]
+    expected = [
+        -np.log(np.exp(row[label]) / np.exp(row).sum()) for row, label in zip(np.float64(logits), labels, strict=True)
+    ]
     np.testing.assert_allclose(cross_entropy(logits, labels), expected, rtol=1e-5)
     np.testing.assert_allclose(cross_entropy(jnp.zeros((1, 10)), jnp.array([4])), np.log(10), rtol=1e-6)
 

@@ -29,9 +29,12 @@ def test_parameter_counts_of_the_cifar_models():
     plain = nnx.eval_shape(lambda: ViT(arch, rngs=nnx.Rngs(0)))
     assert count(plain) == common + d + 12 * layer
     assert round(count(plain) / 1e6, 1) == 10.3
-    parts = nnx.eval_shape(
-        lambda: (lambda m: (m.shared, nnx.List(m.blocks)))(make_dblock_vit(arch, 3, rngs=nnx.Rngs(0)))
-    )
+
+    def parts_of_dblock():
+        model = make_dblock_vit(arch, 3, rngs=nnx.Rngs(0))
+        return model.shared, nnx.List(model.blocks)
+
+    parts = nnx.eval_shape(parts_of_dblock)
     noise = (256 * k + k) + (k * k + k)
     conditioned = common + labels * d + noise + (2 * d * k + 2 * d) + 12 * (layer + 6 * d * k + 6 * d)
     assert sum(count(part) for part in parts) == conditioned

@@ -1,5 +1,7 @@
 """AdamW against optax's own, and the rules for parts, clipping and schedules."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,7 @@ def test_schedules_warm_up_from_zero_and_never_go_below_it(name):
     at = learning_rate(name, lr=1e-3, num_warmup_steps=10, total_steps=50, specific_kwargs=kwargs)
     assert at(0) == 0 and at(5) == pytest.approx(5e-4) and at(10) == pytest.approx(1e-3)
     rates = [at(step) for step in range(10, 60)]
-    assert all(0 <= later <= earlier for earlier, later in zip(rates[:40], rates[1:41], strict=True))
+    assert all(0 <= later <= earlier for earlier, later in pairwise(rates))
 
 
 def test_a_minimum_rate_is_where_the_cosine_ends():

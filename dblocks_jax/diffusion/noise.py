@@ -67,9 +67,9 @@ def inference_sigmas(noise: NoiseDistribution, num_steps: int, *, rho: float | N
         sigmas = noise.quantiles_descending(num_steps)
     else:
         # Rounded to float32 where the reference rounds: its power turns that rounding into 1e-6 of the result.
-        high, low = np.float32([noise.sigma_max ** (1 / rho), noise.sigma_min ** (1 / rho)]).astype(np.float64)
+        high, low = (float(np.float32(sigma ** (1 / rho))) for sigma in (noise.sigma_max, noise.sigma_min))
         ramp = np.linspace(0, 1, num_steps, dtype=np.float32).astype(np.float64)
-        sigmas = np.float32(high + ramp * (low - high)).astype(np.float64) ** rho
+        sigmas = (high + ramp * (low - high)).astype(np.float32).astype(np.float64) ** rho
     return sigmas.astype(np.float32).astype(np.float64)
 
 

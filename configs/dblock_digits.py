@@ -1,0 +1,19 @@
+"""DiffusionBlocks on scikit-learn's digits with settings that classify rather than sample: no download, 3 minutes.
+
+COMMAND: python launch.py --config=configs/dblock_digits.py
+"""
+
+from configs import dblock_digits_released
+
+
+def get_config():
+    config = dblock_digits_released.get_config()
+    config.pool = "mean"  # the answer is read from the image's tokens, not from the noisy label's
+    # Noise high enough that no block can read the label off z: each has to look at the image.
+    config.p_mean = 1.0
+    config.sigma_min = 0.3
+    config.weighting = "none"
+    # Choose the likeliest label instead of drawing one.
+    config.label_table = "normalized"
+    config.init_noise_scale = 0.0
+    return config

@@ -1,0 +1,234 @@
+"""Whole runs on tiny models: train, resume, refuse, evaluate."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import dblock_digits, vit_digits
+from dblocks_jax import train as trainer
+from dblocks_jax.checkpoint import Checkpoints
+from dblocks_jax.config import check_config, check_resumable, for_evaluation
+from dblocks_jax.errors import UserError
+from dblocks_jax.evaluate import evaluate_run, metrics
+from dblocks_jax.train import train
+
+TINY = {
+    "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
+    "num_epochs": 2, "save_every_n_epochs": 1, "log_every_n_steps": 1, "num_warmup_steps": 0, "dropout": 0.1,
+}  # fmt: skip
+
+
+def tiny(module, **changes):
+    config = module.get_config()
+    config.update(TINY | changes)
+    return config
+
+
+def run(config, workdir: Path):
+    return train(config, workdir, command=["launch.py"], overrides={})
+
+
+def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, by path."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        trees = {
+            item: checkpointer.restore(workdir.absolute() / "state" / str(step) / item) for item in ("params", "adam")
+        }
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing catches it."""
+
+
+def kill_at(monkeypatch, step: int):
+    """Make the training step of update `step` (from 0) fail, as if the process died there."""
+    build = trainer.make_train_step
+
+    def make(*args, **kwargs):
+        real = build(*args, **kwargs)
+
+        def train_step(parts, images, labels, number, *rest):
+            if number == step:
+                raise Killed
+            return real(parts, images, labels, number, *rest)
+
+        return train_step
+
+    monkeypatch.setattr(trainer, "make_train_step", make)
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
+    config = tiny(dblock_digits)
+    result = run(config, tmp_path / "whole")
+    assert (
+        result["step"] == 2 * 2 * 2
+    )  # epochs x blocks x steps: every layer sees as many updates as in the plain model
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with pytest.raises(Killed):
+            run(config, tmp_path / "cut")
+    with Checkpoints(tmp_path / "cut", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 4
+    resumed = run(config, tmp_path / "cut")
+    assert resumed["steps_run"] == 4
+    whole, cut = state_of(tmp_path / "whole", 8), state_of(tmp_path / "cut", 8)
+    assert whole.keys() == cut.keys() and len(whole) > 50
+    for path, value in whole.items():
+        np.testing.assert_array_equal(cut[path], value, err_msg=path)
+    scores = ("top1", "top5", "macro_f1", "cross_entropy", "accuracy_by_step", "num_images")
+    assert {name: resumed[name] for name in scores} == {name: result[name] for name in scores}
+
+    # The log has every step once, and each start is on record.
+    lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "blocks" in line] == list(range(1, 9))
+    starts = (tmp_path / "cut" / "starts.jsonl").read_text().splitlines()
+    assert len(starts) == 2 and json.loads(starts[0]).keys() >= {"command", "overrides", "versions", "devices", "git"}
+
+    # The same command once more has nothing to do, and says the same.
+    again = run(config, tmp_path / "cut")
+    assert again["steps_run"] == 0 and again["top1"] == result["top1"]
+
+
+def test_a_longer_run_under_a_constant_rate_is_the_same_run_continued(tmp_path):
+    short = tiny(vit_digits, scheduler_type="constant_with_warmup")
+    longer = tiny(vit_digits, scheduler_type="constant_with_warmup", num_epochs=4)
+    run(short, tmp_path / "two_and_two")
+    run(longer, tmp_path / "two_and_two")
+    run(longer, tmp_path / "four")
+    expected = state_of(tmp_path / "four", 8)
+    for path, value in state_of(tmp_path / "two_and_two", 8).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path):
+    config = tiny(dblock_digits, num_epochs=1)
+    trained = run(config, tmp_path)
+    other = dblock_digits.get_config()  # 6 layers, 3 blocks: not what is in the checkpoint
+    scored = evaluate_run(other, tmp_path, overrides={}, checkpoint="best")
+    assert scored["num_images"] == 360
+    assert scored["cross_entropy"] == pytest.approx(trained["cross_entropy"], rel=1e-6)
+    more = evaluate_run(other, tmp_path, overrides={"num_inference_steps": 5, "eval_batch_size": 7}, checkpoint="last")
+    assert len(more["accuracy_by_step"]) == 5 and more["num_images"] == 360
+    with pytest.raises(UserError, match=r"num_blocks=3 contradicts .* 2"):
+        evaluate_run(other, tmp_path, overrides={"num_blocks": 3}, checkpoint="best")
+    with pytest.raises(UserError, match="no checkpoint '7'"):
+        evaluate_run(other, tmp_path, overrides={}, checkpoint="7")
+
+
+def test_scores_do_not_depend_on_the_batch_size(tmp_path):
+    """With starting noise: each image has its own, by its place in the split."""
+    config = tiny(dblock_digits, num_epochs=1, init_noise_scale=1.0)
+    run(config, tmp_path)
+    scores = [
+        evaluate_run(config, tmp_path, overrides={"eval_batch_size": size}, checkpoint="best") for size in (360, 101)
+    ]
+    assert scores[0]["accuracy_by_step"] == scores[1]["accuracy_by_step"]
+    assert scores[0]["cross_entropy"] == pytest.approx(scores[1]["cross_entropy"], rel=1e-5)
+
+
+def test_the_best_by_validation_is_scored(tmp_path):
+    config = tiny(vit_digits, num_epochs=3, val_fraction=0.2, batch_size=500, save_top_k=1)
+    result = run(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    watched = {line["step"]: line["top1"] for line in lines if line.get("split") == "val"}
+    assert len(watched) == 3
+    assert watched[result["checkpoint"]] == max(watched.values())
+
+
+def test_a_workdir_of_another_run_is_refused_by_field(tmp_path):
+    config = tiny(vit_digits, num_epochs=1)
+    run(config, tmp_path)
+    with pytest.raises(UserError) as error:
+        run(tiny(vit_digits, num_epochs=1, lr=0.5, hidden_size=14), tmp_path)
+    assert "hidden_size was 12, is 14; lr was 0.003, is 0.5" in str(error.value)
+
+
+@pytest.mark.parametrize("scheduler", ["constant_with_warmup", "cosine"])
+def test_when_more_epochs_are_the_same_run(scheduler):
+    saved = tiny(vit_digits, scheduler_type=scheduler).to_dict()
+    longer = tiny(vit_digits, scheduler_type=scheduler, num_epochs=9)
+    if scheduler == "cosine":
+        with pytest.raises(UserError, match="num_epochs was 2, is 9"):
+            check_resumable(saved, longer, "runs")
+    else:
+        check_resumable(saved, longer, "runs")
+        with pytest.raises(UserError, match="num_epochs was 2, is 1"):
+            check_resumable(saved, tiny(vit_digits, scheduler_type=scheduler, num_epochs=1), "runs")
+
+
+def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
+    saved = tiny(dblock_digits)
+    config = for_evaluation(saved.to_dict(), {"cfg_scale": 1.5}, dblock_digits.get_config())
+    assert config.cfg_scale == 1.5 and config.num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+        ({"num_blocks": 4, "num_layers": 6}, "num_blocks=4 must divide num_layers=6"),
+        ({"patch_size": 3}, "patch_size=3 must divide image_size=8"),
+        ({"num_heads": 5}, "num_heads=5 must divide hidden_size=12"),
+        ({"sigma_min": -1.0}, "sigma_min must be greater than 0"),
+        ({"sigma_min": 90.0}, "sigma_min=90.0 must be below sigma_max=80.0"),
+        ({"gamma": 0.6}, r"gamma must lie in \[0, 0.5\]"),
+        ({"gamma": -0.1}, r"gamma must lie in \[0, 0.5\]"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"weighting": "mean"}, "batch_mean, per_sample, none"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"batch_size": 1438}, "a batch of 1438 images is larger than the training set of 1437"),
+        ({"batch_size": 0}, "batch_size must be greater than 0"),
+        ({"p_mean": -40.0}, "almost no noise between"),
+        ({"scheduler_type": "step"}, "constant_with_warmup, linear"),
+        ({"image_size": 16, "patch_size": 4}, "digits"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(tiny(dblock_digits, **changes), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_evaluating_nothing_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="holds no run: train it first"):
+        evaluate_run(dblock_digits.get_config(), tmp_path, overrides={}, checkpoint="best")
+
+
+def test_every_shipped_config_is_sound_and_says_how_to_run_it():
+    import importlib
+
+    names = sorted(
+        path.stem for path in Path(trainer.__file__).parents[1].glob("configs/*.py") if path.stem != "common"
+    )
+    assert len(names) >= 13
+    for name in names:
+        module = importlib.import_module(f"configs.{name}")
+        check_config(module.get_config())
+        for word in (f"COMMAND: python launch.py --config=configs/{name}.py", "TIME:", "ACCURACY:"):
+            assert word in module.__doc__, name
+
+
+def test_metrics_against_scikit_learn():
+    from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 7)).astype(np.float32)
+    labels = rng.integers(0, 7, 50)
+    believed = np.stack([rng.integers(0, 7, 50), logits.argmax(1)])
+    scores = metrics(believed, logits, labels)
+    probs = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(1, keepdims=True)
+    assert scores["top1"] == pytest.approx(accuracy_score(labels, believed[1]))
+    assert scores["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(7)))
+    assert scores["cross_entropy"] == pytest.approx(log_loss(labels, probs, labels=range(7)))
+    assert scores["accuracy_by_step"][0] == pytest.approx(accuracy_score(labels, believed[0]))
+    by_hand = []
+    for c in range(7):
+        hits = np.sum((labels == c) & (believed[1] == c))
+        by_hand.append(2 * hits / max(1, np.sum(labels == c) + np.sum(believed[1] == c)))
+    assert scores["macro_f1"] == pytest.approx(np.mean(by_hand))
