@@ -11,7 +11,7 @@ from dblocks_jax.optimizer import Params, Part
 
 FOLDER = "state"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
-PARAMS, ADAM, DATA = "params", "adam", "data"
+PARAMS, ADAM, DATA, CONFIG = "params", "adam", "data", "config"
 LATEST_KEPT = 2  # a second one to fall back on, should the newest be damaged
 
 
@@ -43,6 +43,7 @@ class Checkpoints:
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
             DATA: CheckpointHandler(),
+            CONFIG: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
 
@@ -79,8 +80,10 @@ class Checkpoints:
         """Return when everything is on disk; raises what went wrong."""
         self._manager.wait_until_finished()
 
-    def save(self, step: int, parts: dict[str, Part], data: Any, metrics: dict[str, float] | None) -> None:
-        """Write parameters, optimizer state and the data iterator's position; returns before all is on disk.
+    def save(
+        self, step: int, parts: dict[str, Part], data: Any, config: dict[str, Any], metrics: dict[str, float] | None
+    ) -> None:
+        """Write parameters, optimizer state, the data's position and the config; returns before all is on disk.
 
         The arrays may be donated as soon as this returns. A step that is there already is left as it is.
         """
@@ -93,6 +96,7 @@ class Checkpoints:
             PARAMS: save({name: part.params for name, part in parts.items()}),
             ADAM: save({name: part.adam for name, part in parts.items()}),
             DATA: CheckpointSave(data),
+            CONFIG: self._ocp.args.JsonSave(config),
         }
         self._manager.save(step, args=self._ocp.args.Composite(**items), metrics=metrics)
 
@@ -110,6 +114,12 @@ class Checkpoints:
         items = {PARAMS: self._like(params), ADAM: self._like(adam), DATA: CheckpointRestore(data)}
         restored = self._manager.restore(step, args=self._ocp.args.Composite(**items))
         return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that a checkpoint was trained with."""
+        return self._manager.restore(step, args=self._ocp.args.Composite(**{CONFIG: self._ocp.args.JsonRestore()}))[
+            CONFIG
+        ]
 
     def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
         """The parameters alone, shaped and placed like `params`.

@@ -175,7 +175,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
 
 def _length(value: int) -> float:
     """0 stands for no limit."""
-    return value or math.inf
+    return float(value or math.inf)
 
 
 def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: ConfigDict) -> ConfigDict:

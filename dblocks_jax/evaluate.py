@@ -11,14 +11,13 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model, summarize
-from dblocks_jax.checkpoint import Checkpoints
+from dblocks_jax.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.config import SAMPLER_FIELDS, architecture, check_config, for_evaluation
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source, load_dataset
 from dblocks_jax.devices import make_mesh, replicate, shard_batch
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
-from dblocks_jax.workdir import saved_config
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -27,14 +26,13 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     Raises:
       UserError: there is no such run or checkpoint, or an override contradicts it.
     """
-    saved = saved_config(workdir)
-    if saved is None:
+    if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
-    config = for_evaluation(saved, overrides, config)
-    check_config(config)
     mesh = make_mesh()
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(checkpoint)
+        config = for_evaluation(checkpoints.config(step), overrides, config)
+        check_config(config)
         dataset = load_dataset(
             config.dataset,
             data_dir=config.data_dir,

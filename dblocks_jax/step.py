@@ -87,8 +87,9 @@ def make_train_step(
 
 def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, key, within):
     """Run `gradient` on each micro-batch in turn and average what it returns, holding one set of activations."""
-    micro_images = images.reshape(accumulate, -1, *images.shape[1:])
-    micro_labels = labels.reshape(accumulate, -1)
+    # Micro-batch i takes images i, i + accumulate, ...: of a batch split over devices, each then has its share.
+    micro_images = images.reshape(-1, accumulate, *images.shape[1:]).swapaxes(0, 1)
+    micro_labels = labels.reshape(-1, accumulate).swapaxes(0, 1)
     keys = jax.random.split(key, accumulate)
 
     def add(total, micro):

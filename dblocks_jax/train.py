@@ -114,7 +114,8 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
                 if done < total_steps or val_source is not None:
                     scores = scores_of({name: part.params for name, part in parts.items()}, watched)
                     progress.evaluated(done, watched_name, scores)
-                checkpoints.save(done, parts, batches, _selection(scores) if val_source is not None else None)
+                kept = _selection(scores) if val_source is not None else None
+                checkpoints.save(done, parts, batches, config.to_dict(), kept)
         jax.block_until_ready(parts)
         seconds = time.perf_counter() - began
 

@@ -75,8 +75,12 @@ def git_state() -> dict[str, Any] | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
+    _write_whole(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -87,15 +91,18 @@ def append_json(path: Path, value: Any) -> None:
 
 
 def forget_metrics_after(workdir: Path, step: int) -> None:
-    """Drop logged lines beyond `step`: a resumed run logs them anew."""
+    """Drop logged lines beyond `step`, which a resumed run logs anew, and a last line cut short by a crash."""
     path = workdir / METRICS
     if path.exists():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(path)
+        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        _write_whole(path, "".join(line + "\n" for line in lines))
+
+
+def _step_of(line: str) -> int | float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:

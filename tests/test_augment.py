@@ -47,14 +47,14 @@ def test_without_options_nothing_happens(images):
 
 @pytest.mark.parametrize("option", ["flip", "rand_augment", "resized_crop"])
 def test_an_image_does_not_depend_on_those_around_it(images, option):
-    run = partial(augment, jax.random.key(3), **(OFF | {option: True}))
+    run = jax.jit(partial(augment, jax.random.key(3), **(OFF | {option: True})))
     np.testing.assert_array_equal(run(images)[:2], run(images[:2]))
 
 
 @pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 6, 5), (1, 2, 3, 2), (2, 0, 1, 5), (0, 1, 5, 4)])
 def test_a_window_is_enlarged_as_pillow_does(images, top, left, height, width):
     window = tuple(jnp.int32(value) for value in (top, left, height, width))
-    resized = jax.vmap(lambda image: resize_window(image, *window))(images)
+    resized = jax.jit(jax.vmap(lambda image: resize_window(image, *window)))(images)
     for before, after in zip(np.asarray(images), resized, strict=True):
         cropped = Image.fromarray(before).crop((left, top, left + width, top + height))
         np.testing.assert_array_equal(after, np.asarray(cropped.resize((5, 6), Image.Resampling.BILINEAR)))

@@ -31,7 +31,7 @@ def test_everything_comes_back_bit_for_bit_even_after_donation(tmp_path):
     for _ in range(3):
         next(data)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, parts, data, None)
+        checkpoints.save(5, parts, data, {}, None)
         double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
         jax.block_until_ready(double(double(parts)))  # overwrites the buffers while they may still be written
         following = [next(data) for _ in range(12)]
@@ -47,7 +47,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
     data = iterator()
     with Checkpoints(tmp_path, save_top_k=1) as checkpoints:
         for step, top1 in [(10, 0.2), (20, 0.9), (30, 0.4), (40, 0.5), (50, 0.3)]:
-            checkpoints.save(step, parts_of(float(step)), data, {"top1": top1})
+            checkpoints.save(step, parts_of(float(step)), data, {"lr": 0.1}, {"top1": top1})
         checkpoints.wait()
         assert (checkpoints.best(), checkpoints.latest()) == (20, 50)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
@@ -55,6 +55,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         with pytest.raises(UserError, match=r"'30'.*\[20, 40, 50\]"):
             checkpoints.find("30")
         params = checkpoints.restore_params(20, {name: part.params for name, part in parts_of(0.0).items()})
+        assert checkpoints.config(20) == {"lr": 0.1}
     np.testing.assert_array_equal(params["shared"]["w"], 20.0)
 
 
@@ -64,14 +65,14 @@ def test_without_validation_the_best_is_the_last(tmp_path):
         with pytest.raises(UserError, match="no checkpoint yet"):
             checkpoints.find("best")
         for step in (1, 2, 3):
-            checkpoints.save(step, parts_of(float(step)), iterator(), None)
+            checkpoints.save(step, parts_of(float(step)), iterator(), {}, None)
         checkpoints.wait()
         assert checkpoints.best() == 3
 
 
 def test_a_checkpoint_of_another_architecture_is_explained_by_parameter(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, parts_of(1.0), iterator(), None)
+        checkpoints.save(1, parts_of(1.0), iterator(), {}, None)
         checkpoints.wait()
         wanted = {"shared": new_part({"w": jnp.zeros((2, 4))}), "block_1": new_part({"b": jnp.zeros(4)})}
         with pytest.raises(UserError) as error:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, one line for a mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,29 +11,57 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TINY = [
     "--config=configs/dblock_digits.py", "--config.num_layers=3", "--config.hidden_size=12", "--config.num_heads=2",
-    "--config.intermediate_size=16", "--config.batch_size=700", "--config.num_epochs=1", "--config.num_warmup_steps=0",
+    "--config.intermediate_size=16", "--config.batch_size=704", "--config.num_epochs=1", "--config.num_warmup_steps=0",
+    "--config.log_every_n_steps=1",
 ]  # fmt: skip
 
 
-def launch(*args: str) -> subprocess.CompletedProcess:
+def launch(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "launch.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
+        [sys.executable, "launch.py", *args],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
 
 
-def test_train_then_evaluate(tmp_path):
-    trained = launch(*TINY, f"--workdir={tmp_path}")
-    assert trained.returncode == 0, trained.stderr
-    result = json.loads(trained.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, dict]:
+    """A finished run: (its folder, its result)."""
+    workdir = tmp_path_factory.mktemp("run")
+    done = launch(*TINY, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_training_leaves_a_result_and_its_config(trained):
+    workdir, result = trained
     assert result["mode"] == "train" and result["num_images"] == 360
-    assert json.loads((tmp_path / "train.json").read_text()) == result
-    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 12
+    assert json.loads((workdir / "train.json").read_text()) == result
+    assert json.loads((workdir / "config.json").read_text())["hidden_size"] == 12
 
-    scored = launch(*TINY, f"--workdir={tmp_path}", "--mode=eval", "--config.num_inference_steps=1")
+
+def test_evaluation_of_a_finished_run(trained):
+    workdir, _ = trained
+    scored = launch(*TINY, f"--workdir={workdir}", "--mode=eval", "--config.num_inference_steps=1")
     assert scored.returncode == 0, scored.stderr
     result = json.loads(scored.stdout.splitlines()[-1])
     assert result["mode"] == "eval" and len(result["accuracy_by_step"]) == 1
-    assert json.loads((tmp_path / "eval.json").read_text()) == result
+    assert json.loads((workdir / "eval.json").read_text()) == result
+
+
+def test_eight_devices_train_as_one(trained, tmp_path):
+    done = launch(*TINY, f"--workdir={tmp_path}", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "starts.jsonl").read_text())["devices"]) == 8
+
+    def logged(workdir: Path) -> list[dict]:
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["blocks"] for line in lines if "blocks" in line]
+
+    one, eight = logged(trained[0]), logged(tmp_path)
+    assert len(one) == len(eight) == 6
+    for step_of_one, step_of_eight in zip(one, eight, strict=True):
+        for block, means in step_of_one.items():
+            assert step_of_eight[block] == pytest.approx(means, rel=1e-5)
 
 
 @pytest.mark.parametrize(
