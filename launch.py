@@ -4,13 +4,15 @@ Exit codes: 0 done, 1 a mistake in config, data or workdir (one line says which)
 """
 
 import sys
-from logging import WARNING
+from itertools import pairwise
+from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
+from configs import common
 from dblocks_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
@@ -21,24 +23,42 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval: best, last, or
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse, with a mistake answered by one line and exit code 2."""
-    paths = [arg.split("=", 1)[1].split(":")[0] for arg in argv if arg.startswith(("--config=", "-config="))]
-    for path in paths:
+    for path in _config_paths(argv):
         if not Path(path).is_file():
             sys.exit(_complain(f"there is no config file {path}", code=2))
     try:
         rest = flags.FLAGS(argv)
+        config = CONFIG.value
     except (AttributeError, KeyError) as error:  # an override of a field that does not exist
-        cause = error.args[0]
-        while isinstance(cause, Exception):
-            cause = cause.args[0]
-        sys.exit(_complain(f"unknown config field {' '.join(cause.split())}", code=2))
-    except (flags.Error, TypeError, ValueError) as error:
-        sys.exit(_complain(error, code=2))
+        sys.exit(_complain(f"unknown config field {_innermost(error)}", code=2))
+    except Exception as error:  # whatever a config file raises, besides flags that do not parse
+        sys.exit(_complain(_innermost(error), code=2))
+    if config is None:
+        sys.exit(_complain("--config is missing: name a file, such as --config=configs/dblock_digits.py", code=2))
     if len(rest) > 1:
         sys.exit(_complain(f"unexpected argument {rest[1]!r}: flags start with --", code=2))
-    if not paths and CONFIG.value is None:
-        sys.exit(_complain("--config is missing: name a file, such as --config=configs/dblock_digits.py", code=2))
+    if CHECKPOINT.present and MODE.value != "eval":
+        sys.exit(_complain("--checkpoint chooses what --mode=eval scores; training goes on from the last", code=2))
+    differing = set(config) ^ set(common.get_config()) if isinstance(config, ConfigDict) else {"its type"}
+    if differing:
+        names = ", ".join(sorted(differing))
+        sys.exit(_complain(f"get_config must return the ConfigDict of configs/common.py; differing: {names}", code=2))
     return rest
+
+
+def _config_paths(argv: list[str]) -> list[str]:
+    """The config files that the command names, as --config=PATH or --config PATH, without a :argument."""
+    named = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
+    named += [after for arg, after in pairwise(argv) if arg in ("--config", "-config")]
+    return [path.split(":")[0] for path in named]
+
+
+def _innermost(error: Exception) -> str:
+    """The message at the heart of wrapped errors, on one line."""
+    cause: object = error
+    while isinstance(cause, Exception) and cause.args and not isinstance(cause, SyntaxError):
+        cause = cause.args[0]
+    return " ".join(str(cause).split()) or type(error).__name__
 
 
 def main(argv: list[str]) -> None:
@@ -57,18 +77,22 @@ def main(argv: list[str]) -> None:
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
         else:
             result = train(config, workdir, command=sys.argv, overrides=overrides)
+        finish(workdir, result)
     except UserError as error:
         sys.exit(_complain(error, code=1))
-    finish(workdir, result)
 
 
 def _log_our_own_lines() -> None:
-    """Libraries log through absl too: of theirs, show warnings only."""
+    """Libraries log through absl too: of theirs, show warnings only, and of Orbax's, which warns of nothing, errors."""
     logging.set_verbosity(logging.INFO)
     package = str(Path(dblocks_jax.__file__).parent)
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= WARNING or record.pathname.startswith(package)
-    )
+
+    def is_ours_or_matters(record: LogRecord) -> bool:
+        return record.pathname.startswith(package) or record.levelno >= (
+            ERROR if "orbax" in record.pathname else WARNING
+        )
+
+    logging.get_absl_handler().addFilter(is_ours_or_matters)
 
 
 def _complain(problem: object, code: int) -> int:

@@ -1,5 +1,7 @@
 """Checkpoints through Orbax: latest and best, written while training goes on, explained when they do not fit."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from dblocks_jax.optimizer import Params, Part
 
 FOLDER = "state"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
-PARAMS, ADAM, DATA, CONFIG = "params", "adam", "data", "config"
-LATEST_KEPT = 2  # a second one to fall back on, should the newest be damaged
+PARAMS, ADAM, DATA, RUN = "params", "adam", "data", "run"
+LATEST_KEPT = 2  # should the newest be damaged, a person can delete it and go on from the one before
 
 
 class Checkpoints:
@@ -43,7 +45,7 @@ class Checkpoints:
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
             DATA: CheckpointHandler(),
-            CONFIG: ocp.JsonCheckpointHandler(),
+            RUN: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
 
@@ -81,9 +83,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def save(
-        self, step: int, parts: dict[str, Part], data: Any, config: dict[str, Any], metrics: dict[str, float] | None
+        self, step: int, parts: dict[str, Part], data: Any, run: dict[str, Any], metrics: dict[str, float] | None
     ) -> None:
-        """Write parameters, optimizer state, the data's position and the config; returns before all is on disk.
+        """Write parameters, optimizer state, the data's position and what `run` tells; returns before all is on disk.
 
         The arrays may be donated as soon as this returns. A step that is there already is left as it is.
         """
@@ -96,7 +98,7 @@ class Checkpoints:
             PARAMS: save({name: part.params for name, part in parts.items()}),
             ADAM: save({name: part.adam for name, part in parts.items()}),
             DATA: CheckpointSave(data),
-            CONFIG: self._ocp.args.JsonSave(config),
+            RUN: self._ocp.args.JsonSave(run),
         }
         self._manager.save(step, args=self._ocp.args.Composite(**items), metrics=metrics)
 
@@ -112,14 +114,12 @@ class Checkpoints:
         adam = {name: part.adam for name, part in parts.items()}
         self._check_fits(step, params)
         items = {PARAMS: self._like(params), ADAM: self._like(adam), DATA: CheckpointRestore(data)}
-        restored = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+        restored = self._read(step, **items)
         return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The config that a checkpoint was trained with."""
-        return self._manager.restore(step, args=self._ocp.args.Composite(**{CONFIG: self._ocp.args.JsonRestore()}))[
-            CONFIG
-        ]
+    def run(self, step: int) -> dict[str, Any]:
+        """What a checkpoint knows of its run: the `run` it was saved with."""
+        return self._read(step, **{RUN: self._ocp.args.JsonRestore()})[RUN]
 
     def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
         """The parameters alone, shaped and placed like `params`.
@@ -128,13 +128,29 @@ class Checkpoints:
           UserError: the checkpoint holds other parameters.
         """
         self._check_fits(step, params)
-        return self._manager.restore(step, args=self._ocp.args.Composite(**{PARAMS: self._like(params)}))[PARAMS]
+        return self._read(step, **{PARAMS: self._like(params)})[PARAMS]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        with self._naming_what_is_damaged(step):
+            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+
+    @contextmanager
+    def _naming_what_is_damaged(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            folder = self._workdir / FOLDER / str(step)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UserError(
+                f"the checkpoint {folder} cannot be read: delete the folder to go on from the one before ({reason})"
+            ) from error
 
     def _like(self, tree: Any) -> Any:
         return self._ocp.args.StandardRestore(jax.tree.map(self._ocp.utils.to_shape_dtype_struct, tree))
 
     def _check_fits(self, step: int, params: dict[str, Params]) -> None:
-        found = _shapes(self._manager.item_metadata(step)[PARAMS].tree)
+        with self._naming_what_is_damaged(step):
+            found = _shapes(self._manager.item_metadata(step)[PARAMS].tree)
         differing = differences(expected=_shapes(params), found=found)
         if differing:
             raise UserError(

@@ -31,8 +31,9 @@ NOT_NEGATIVE = (
 )  # fmt: skip
 BELOW_ONE = ("dropout", "class_dropout_prob")
 LARGEST_SEED = 2**32 - 1
+SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep their digits in float32
 
-# Fields that neither training nor its result depends on: a resumed run may change them.
+# Fields that the parameters do not depend on: a resumed run may change them.
 FREE_TO_CHANGE = ("data_dir", "eval_batch_size", "log_every_n_steps", "postfix", "save_every_n_epochs", "save_top_k")
 # Fields that only the sampler reads: `--mode=eval` may change them too.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
@@ -81,6 +82,9 @@ def _check_diffusion(config: ConfigDict) -> None:
     _check_divides(config, "num_blocks", "num_layers")
     if config.hidden_size < 6:
         raise UserError(f"hidden_size must be at least 6 for a conditioned model, not {config.hidden_size}")
+    for field in ("sigma_min", "sigma_max", "sigma_data"):
+        if not SMALLEST_SIGMA <= config[field] <= LARGEST_SIGMA:
+            raise UserError(f"{field} must lie in [{SMALLEST_SIGMA}, {LARGEST_SIGMA}], not {config[field]}")
     if config.sigma_min >= config.sigma_max:
         raise UserError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}")
     edges = block_edges(noise_distribution(config), config.num_blocks)
@@ -173,6 +177,20 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
         )
 
 
+def check_same_data(saved: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Refuse data that a run was not trained on: "class_names" and, where both know it, the number of "images".
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if saved["class_names"] != now["class_names"]:
+        lost = [name for name in saved["class_names"] if name not in now["class_names"]]
+        new = [name for name in now["class_names"] if name not in saved["class_names"]]
+        raise UserError(f"{where} was trained on other classes: missing are {lost or 'none'}, new are {new or 'none'}")
+    if "images" in now and saved["images"] != now["images"]:
+        raise UserError(f"{where} was trained on {saved['images']} images, but now there are {now['images']}")
+
+
 def _length(value: int) -> float:
     """0 stands for no limit."""
     return float(value or math.inf)
@@ -181,7 +199,7 @@ def _length(value: int) -> float:
 def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: ConfigDict) -> ConfigDict:
     """The config of a saved run, with the sampler and evaluation fields given on the command line.
 
-    `config` supplies the fields' types and what no run saves; everything else comes from the checkpoint.
+    `config` supplies fields that an older run did not have; everything else comes from the checkpoint.
 
     Raises:
       UserError: an override contradicts how the model was trained.
@@ -190,7 +208,7 @@ def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: Con
     for field, value in overrides.items():
         if field in SAMPLER_FIELDS or field in FREE_TO_CHANGE:
             result[field] = value
-        elif saved.get(field) != value:
+        elif field not in ("num_epochs", "max_steps") and saved.get(field) != value:
             raise UserError(
                 f"--config.{field}={value!r} contradicts the checkpoint, which was trained with {saved.get(field)!r}; "
                 f"evaluation takes {', '.join((*SAMPLER_FIELDS, *FREE_TO_CHANGE))}"

@@ -1,6 +1,7 @@
 """Batches for training and evaluation: Grain over indices, so that a whole batch of images is gathered in one call."""
 
 import sys
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
@@ -58,7 +59,7 @@ def train_batches(
 
     @lru_cache(maxsize=2)  # threads that read ahead are at most one epoch apart
     def order(epoch: int) -> Int[np.ndarray, " n"]:
-        return np.random.default_rng([seed, epoch]).permutation(len(source))
+        return np.random.default_rng([zlib.crc32(b"order"), seed, epoch]).permutation(len(source))
 
     def batch(step: int) -> dict[str, np.ndarray]:
         epoch, position = divmod(int(step), steps)

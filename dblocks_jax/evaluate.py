@@ -6,13 +6,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model, summarize
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.config import SAMPLER_FIELDS, architecture, check_config, for_evaluation
+from dblocks_jax.config import (
+    SAMPLER_FIELDS,
+    architecture,
+    check_config,
+    check_same_data,
+    for_evaluation,
+    image_dropout,
+)
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source, load_dataset
 from dblocks_jax.devices import make_mesh, replicate, shard_batch
@@ -31,7 +39,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     mesh = make_mesh()
     with Checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.find(checkpoint)
-        config = for_evaluation(checkpoints.config(step), overrides, config)
+        run = checkpoints.run(step)
+        config = for_evaluation(run["config"], overrides, config)
         check_config(config)
         dataset = load_dataset(
             config.dataset,
@@ -40,6 +49,11 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
             val_fraction=config.val_fraction,
             seed=config.seed,
         )
+        check_same_data(run["data"], {"class_names": list(dataset.class_names)}, str(workdir))
+        if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
+            logging.warning(
+                "guidance asks the model about blank images, but it was trained without any: cfg_scale was 0"
+            )
         blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
         params = checkpoints.restore_params(step, replicate(params, mesh))
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)

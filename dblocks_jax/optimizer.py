@@ -99,8 +99,9 @@ def _schedule_kwargs(scheduler_type: str, specific_kwargs: str) -> dict[str, flo
     except json.JSONDecodeError as error:
         raise UserError(f"scheduler_specific_kwargs is not JSON ({error}): {specific_kwargs!r}") from None
     known = SCHEDULES[scheduler_type]
-    if not isinstance(kwargs, dict) or not all(type(value) in (int, float) for value in kwargs.values()):
-        raise UserError(f"scheduler_specific_kwargs must be a JSON object of numbers, not {specific_kwargs!r}")
+    numbers = isinstance(kwargs, dict) and all(type(value) in (int, float) for value in kwargs.values())
+    if not numbers or not all(math.isfinite(value) and value >= 0 for value in kwargs.values()):
+        raise UserError(f"scheduler_specific_kwargs must be a JSON object of numbers >= 0, not {specific_kwargs!r}")
     for key in kwargs:
         if key not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"

@@ -1,5 +1,6 @@
 """The running record of training: means over windows of steps, written as they arrive, never waiting for the device."""
 
+import math
 import time
 from collections import defaultdict, deque
 from pathlib import Path
@@ -18,9 +19,7 @@ WINDOWS_AHEAD = 2  # how far the host may run ahead of the device before it wait
 class Progress:
     """Collects each step's metrics and logs means by block for every window of `log_every` steps."""
 
-    def __init__(
-        self, workdir: Path, *, start: int, total_steps: int, steps_per_epoch: int, log_every: int, images_per_step: int
-    ):
+    def __init__(self, workdir: Path, *, total_steps: int, steps_per_epoch: int, log_every: int, images_per_step: int):
         self._path = workdir / METRICS
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
@@ -28,7 +27,9 @@ class Progress:
         self._images_per_step = images_per_step
         self._window: list[tuple[int, Metrics]] = []
         self._closed: deque[tuple[int, float, list[tuple[int, Metrics]]]] = deque()
-        self._last_step, self._last_time = start, time.perf_counter()
+        # Where the clock of the throughput stands. It starts with the first window that has come home, so that
+        # compilation is not counted.
+        self._since: tuple[int, float] | None = None
 
     def add(self, step: int, block: int, lr: float, metrics: Metrics) -> None:
         """Take the metrics of update number `step` (from 1); they may still be under way."""
@@ -36,25 +37,40 @@ class Progress:
         if step % self._log_every == 0:
             self._closed.append((step, lr, self._window))
             self._window = []
-        while self._closed and (len(self._closed) > WINDOWS_AHEAD or _is_ready(self._closed[0][2])):
-            self._write(*self._closed.popleft())
+        home = 0
+        while home < len(self._closed) and (
+            len(self._closed) - home > WINDOWS_AHEAD or _is_ready(self._closed[home][2])
+        ):
+            home += 1
+        self._write_first(home)
 
     def flush(self, step: int, lr: float) -> None:
         """Write everything that is left, waiting for it."""
         if self._window:
             self._closed.append((step, lr, self._window))
             self._window = []
-        while self._closed:
-            self._write(*self._closed.popleft())
+        self._write_first(len(self._closed))
 
     def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
-        """Record an evaluation, and start the clock of the next window after it."""
+        """Record an evaluation, and start the clock anew after it."""
         append_json(self._path, {"step": step, "split": split, **scores})
         by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
         logging.info("step %d: %s top1 %.4f (after each denoising step: %s)", step, split, scores["top1"], by_step)
-        self._last_time = time.perf_counter()
+        self._since = None if self._since is None else (self._since[0], time.perf_counter())
 
-    def _write(self, step: int, lr: float, window: list[tuple[int, Metrics]]) -> None:
+    def _write_first(self, count: int) -> None:
+        """Write the oldest `count` closed windows, all at the rate at which they came home together."""
+        if not count:
+            return
+        windows = [self._closed.popleft() for _ in range(count)]
+        jax.block_until_ready(windows[-1][2])
+        last, now = windows[-1][0], time.perf_counter()
+        rate = (last - self._since[0]) / (now - self._since[1]) if self._since else None
+        self._since = (last, now)
+        for window in windows:
+            self._write(*window, rate)
+
+    def _write(self, step: int, lr: float, window: list[tuple[int, Metrics]], steps_per_second: float | None) -> None:
         by_block: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
         for block, metrics in jax.device_get(window):
             by_block[block].append(metrics)
@@ -62,26 +78,23 @@ class Progress:
             str(block): {name: float(np.mean([m[name] for m in by_block[block]])) for name in by_block[block][0]}
             for block in sorted(by_block)
         }
-        now = time.perf_counter()
-        steps_per_second = (step - self._last_step) / (now - self._last_time)
-        self._last_step, self._last_time = step, now
-        record = {
-            "step": step,
-            "epoch": step / self._steps_per_epoch,
-            "lr": lr,
-            "images_per_second": steps_per_second * self._images_per_step,
-            "blocks": means,
-        }
-        append_json(self._path, record)
+        epoch = step / self._steps_per_epoch
+        images_per_second, rate = None, ""
+        if steps_per_second is not None:
+            images_per_second = steps_per_second * self._images_per_step
+            left = _clock((self._total_steps - step) / steps_per_second)
+            rate = f"  {images_per_second:.0f} images/s, {left} left"
+        append_json(
+            self._path,
+            {"step": step, "epoch": epoch, "lr": lr, "images_per_second": images_per_second, "blocks": means},
+        )
         blocks = "  ".join(
             f"[{block}] loss {mean['loss']:.4g} ce {mean['ce']:.4f} acc {mean['accuracy']:.3f}"
             for block, mean in means.items()
         )
-        logging.info(
-            "step %d/%d epoch %.1f  %s  %.0f images/s, %s left",
-            step, self._total_steps, record["epoch"], blocks, record["images_per_second"],
-            _clock((self._total_steps - step) / steps_per_second),
-        )  # fmt: skip
+        logging.info("step %d/%d epoch %.1f  %s%s", step, self._total_steps, epoch, blocks, rate)
+        if not all(math.isfinite(mean["loss"]) for mean in means.values()):
+            logging.warning("the loss is not finite: try a smaller lr, more num_warmup_steps, or a larger sigma_min")
 
 
 def _is_ready(window: list[tuple[int, Metrics]]) -> bool:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dblocks_jax import workdir as run_folder
 from dblocks_jax.build import Blueprint, make_classifier, make_objective, new_model
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.config import architecture, check_config, check_resumable, count_steps, schedule
+from dblocks_jax.config import architecture, check_config, check_resumable, check_same_data, count_steps, schedule
 from dblocks_jax.data import train_batches
 from dblocks_jax.datasets import load_dataset
 from dblocks_jax.devices import check_batch_size, make_mesh, replicate, shard_batch
@@ -27,13 +27,14 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
     """Train the run in `workdir` from where it stands to its end, and score it on the test split.
 
     Raises:
-      UserError: config, data or workdir do not fit; nothing has been written then.
+      UserError: config, data or workdir do not fit. Nothing has been compiled or written then, except that a checkpoint
+        which cannot be read is found when the start is on record already.
     """
     # Checks that need no data.
     check_config(config)
     mesh = make_mesh()
     check_batch_size("batch_size", config.batch_size, mesh)
-    saved = run_folder.saved_config(workdir)
+    saved = run_folder.read_saved(workdir, run_folder.CONFIG)
     if saved is not None:
         check_resumable(saved, config, str(workdir))
     elif (workdir / FOLDER).exists():
@@ -52,6 +53,10 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
     images_per_step = config.batch_size * config.accumulate_grad_batches
     batches = train_batches(train_source, batch_size=images_per_step, seed=config.seed)
     val_source, test_source = dataset.split("val"), dataset.split("test")
+    card = {"class_names": list(dataset.class_names), "images": len(train_source)}
+    saved_card = run_folder.read_saved(workdir, run_folder.DATA)
+    if saved_card is not None:
+        check_same_data(saved_card, card, str(workdir))
     watched, watched_name = (val_source, "val") if val_source is not None else (test_source, "test")
 
     # Model, and what a step does to it.
@@ -75,12 +80,12 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         return evaluate(classify, params, source, batch_size=config.eval_batch_size, mesh=mesh)
 
     # Resume, or start.
-    run_folder.open_run(workdir, config.to_dict(), command=command, overrides=overrides)
+    run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
     with Checkpoints(workdir, save_top_k=config.save_top_k if val_source is not None else 0) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
             parts = checkpoints.restore(start, parts, batches)
-            run_folder.forget_metrics_after(workdir, start)
+        run_folder.forget_metrics_after(workdir, start)
         logging.info(
             "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
             workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
@@ -91,7 +96,6 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         began = time.perf_counter()
         progress = Progress(
             workdir,
-            start=start,
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             log_every=config.log_every_n_steps,
@@ -115,7 +119,7 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
                     scores = scores_of({name: part.params for name, part in parts.items()}, watched)
                     progress.evaluated(done, watched_name, scores)
                 kept = _selection(scores) if val_source is not None else None
-                checkpoints.save(done, parts, batches, config.to_dict(), kept)
+                checkpoints.save(done, parts, batches, {"config": config.to_dict(), "data": card}, kept)
         jax.block_until_ready(parts)
         seconds = time.perf_counter() - began
 
@@ -125,7 +129,8 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         assert chosen is not None
         params = checkpoints.restore_params(chosen, {name: part.params for name, part in parts.items()})
         test_scores = scores_of(params, test_source)
-        progress.evaluated(chosen, "test", test_scores)
+        if start < total_steps:
+            progress.evaluated(chosen, "test", test_scores)
     return {
         "mode": "train",
         "workdir": str(workdir),

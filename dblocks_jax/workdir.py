@@ -1,6 +1,7 @@
 """The folder of a run: its config, the record of every start, its metrics and results."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -14,17 +15,17 @@ import jax
 
 from dblocks_jax.errors import UserError
 
-CONFIG, STARTS, METRICS = "config.json", "starts.jsonl", "metrics.jsonl"
+CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def saved_config(workdir: Path) -> dict[str, Any] | None:
-    """The config of the run in `workdir`, or None where there is no run.
+def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
+    """A JSON file of the run in `workdir` (CONFIG or DATA), or None where there is none.
 
     Raises:
       UserError: the file is there but cannot be read.
     """
-    path = workdir / CONFIG
+    path = workdir / name
     if not path.exists():
         return None
     try:
@@ -33,8 +34,10 @@ def saved_config(workdir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read ({error}); restore it, or use another --workdir") from None
 
 
-def open_run(workdir: Path, config: dict[str, Any], *, command: list[str], overrides: dict[str, Any]) -> None:
-    """Make the folder, keep the config, and add this start (when, what, with what, on what) to the record.
+def open_run(
+    workdir: Path, config: dict[str, Any], data: dict[str, Any], *, command: list[str], overrides: dict[str, Any]
+) -> None:
+    """Make the folder, keep config and data card, and add this start (when, what, with what, on what) to the record.
 
     Raises:
       UserError: the folder cannot be written.
@@ -52,6 +55,7 @@ def open_run(workdir: Path, config: dict[str, Any], *, command: list[str], overr
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / CONFIG, config)
+        write_json(workdir / DATA, data)
         append_json(workdir / STARTS, start)
     except OSError as error:
         raise UserError(
@@ -74,8 +78,8 @@ def git_state() -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    _write_whole(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write a file whole or not at all. Numbers that are not finite become null, which JSON has."""
+    _write_whole(path, json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -85,9 +89,17 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def append_json(path: Path, value: Any) -> None:
-    """Add one line of JSON."""
+    """Add one line of JSON. Numbers that are not finite become null."""
     with path.open("a") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def forget_metrics_after(workdir: Path, step: int) -> None:
@@ -106,7 +118,15 @@ def _step_of(line: str) -> int | float:
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:
-    """Keep a mode's result in the workdir and print it as the last line of standard output."""
-    write_json(workdir / f"{result['mode']}.json", result)
+    """Print a mode's result as the last line of standard output, and keep it in the workdir.
+
+    Raises:
+      UserError: it cannot be kept.
+    """
     sys.stderr.flush()
-    print(json.dumps(result), flush=True)
+    print(json.dumps(_finite(result), allow_nan=False), flush=True)
+    path = workdir / f"{result['mode']}.json"
+    try:
+        write_json(path, result)
+    except OSError as error:
+        raise UserError(f"the result is printed, but cannot be written to {path}: {error.strerror}") from None

@@ -20,6 +20,7 @@ import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # golden values hold on accelerators too
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 
 

@@ -55,7 +55,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         with pytest.raises(UserError, match=r"'30'.*\[20, 40, 50\]"):
             checkpoints.find("30")
         params = checkpoints.restore_params(20, {name: part.params for name, part in parts_of(0.0).items()})
-        assert checkpoints.config(20) == {"lr": 0.1}
+        assert checkpoints.run(20) == {"lr": 0.1}
     np.testing.assert_array_equal(params["shared"]["w"], 20.0)
 
 

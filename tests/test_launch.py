@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_evaluation_of_a_finished_run(trained):
     result = json.loads(scored.stdout.splitlines()[-1])
     assert result["mode"] == "eval" and len(result["accuracy_by_step"]) == 1
     assert json.loads((workdir / "eval.json").read_text()) == result
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    step = trained[1]["checkpoint"]
+    for file in (tmp_path / "state" / str(step) / "params").rglob("*"):
+        if file.is_file() and "metadata" not in file.name.lower():
+            file.write_bytes(b"")
+    done = launch(*TINY, f"--workdir={tmp_path}", "--mode=eval")
+    assert done.returncode == 1 and not done.stdout
+    assert f"state/{step} cannot be read: delete the folder" in done.stderr
 
 
 def test_eight_devices_train_as_one(trained, tmp_path):

@@ -89,6 +89,61 @@ def test_dropout_reaches_the_plain_model_and_only_with_a_key(key):
     assert not np.allclose(model(images, key), model(images, jax.random.key(1)))
 
 
+@pytest.mark.parametrize(
+    ("silenced", "place"),
+    [
+        ({"attention": 0.0, "layer": 0.0}, "the embeddings"),
+        ({"embedding": 0.0, "layer": 0.0}, "the attention's probabilities"),
+        ({"embedding": 0.0, "attention": 0.0}, "the branches' outputs"),
+        ({"embedding": 0.0, "attention": 0.0, "layer": 0.0}, "nowhere"),
+    ],
+)
+def test_dropout_has_its_places_in_a_block(silenced, place, key):
+    """All places but one are switched off: two keys then differ exactly where one is left."""
+    arch = Architecture(**(vars(TINY) | {"dropout_rate": 0.5}))
+    model = make_dblock_vit(arch, 2, rngs=nnx.Rngs(0))
+    block = model.blocks[0]
+    model.shared.dropout_rate = silenced.get("embedding", 0.5)
+    for layer in block.layers:
+        layer.dropout_rate = silenced.get("layer", 0.5)
+        layer.attention.dropout_rate = silenced.get("attention", 0.5)
+        layer.modulation.linear.bias[...] = jnp.ones_like(layer.modulation.linear.bias[...])  # opens the gates
+    images, z = jax.random.normal(key, (1, 8, 8, 3)), jax.random.normal(key, (1, 12))
+    one, other = (run_block(model.shared, block, images, z, jnp.zeros(1), jax.random.key(k))[0] for k in (1, 2))
+    assert np.allclose(one, other) == (place == "nowhere")
+
+
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+def test_dropout_follows_both_branches(branch, key):
+    """With the other branch's gate closed, half of what a layer adds is zero and the rest is doubled."""
+    arch = Architecture(**(vars(TINY) | {"dropout_rate": 0.5}))
+    layer = make_dblock_vit(arch, 2, rngs=nnx.Rngs(0)).blocks[0].layers[0]
+    layer.attention.dropout_rate = 0.0
+    gate = {"attention": 2, "mlp": 5}[branch]
+    open_gate = jnp.zeros((6, 12)).at[gate].set(3.0).reshape(-1)
+    layer.modulation.linear.bias[...] = open_gate
+    x, cond = jax.random.normal(key, (4, 5, 12)), jnp.zeros((4, 2))
+    plain = layer(x, cond, None) - x
+    dropped = np.asarray(layer(x, cond, key) - x)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], 2 * np.asarray(plain)[kept], rtol=1e-3, atol=1e-6)
+    assert abs(kept.mean() - 0.5) < 0.13  # 240 draws: standard deviation 0.03
+
+
+@pytest.mark.parametrize("make", [ViT, lambda arch, rngs: make_dblock_vit(arch, 1, rngs=rngs).shared])
+def test_weights_start_normal_with_deviation_two_hundredths_and_biases_at_zero(make):
+    arch = Architecture(32, 3, 50, 4, 1, 120, 4, 200, 0.1, "cls")
+    flat = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(make(arch, rngs=nnx.Rngs(0)), nnx.Param)))
+    for path, value in flat:
+        name = jax.tree_util.keystr(path)
+        if name.endswith("['scale']"):
+            assert np.all(value == 1), name
+        elif name.endswith("['bias']") or "modulation" in name or (make is not ViT and "['head']" in name):
+            assert np.all(value == 0), name
+        else:
+            assert np.std(value) == pytest.approx(0.02, rel=0.3 if value.size < 1000 else 0.1), name
+
+
 def test_gradient_checkpointing_changes_no_value(key):
     """Same dropout, same output, same gradients, computed twice."""
     images, z = jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 12))

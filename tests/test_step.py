@@ -1,4 +1,4 @@
-"""The training step: one compilation, untouched parameters, accumulation, and independence from devices and seeds."""
+"""The training step: one compilation, untouched parameters, accumulation, and its random streams."""
 
 from functools import partial
 
@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import common
+from dblocks_jax import objective
 from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.denoiser import denoise_step
+from dblocks_jax.models.dblock_vit import make_dblock_vit
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.step import Augmentation, make_train_step
@@ -123,3 +127,43 @@ def test_a_model_can_be_taken_apart_and_put_together(model_type):
     jax.tree.map(partial(np.testing.assert_array_equal), params, params_again)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 0
     assert jnp.isfinite(jax.tree.leaves(params)[0]).all()
+
+
+def test_guidance_trains_on_blank_images_at_the_rate_asked_for(monkeypatch):
+    """Only with cfg_scale > 0, as in the released code; the rest of the images stay as they are."""
+    seen = []
+    real = objective.denoising_loss
+
+    def spy(shared, block, images, *args, **kwargs):
+        seen.append(np.asarray(images))
+        return real(shared, block, images, *args, **kwargs)
+
+    monkeypatch.setattr(objective, "denoising_loss", spy)
+    images = jnp.ones((400, 8, 8, 1))
+    for cfg_scale, expected in [(1.5, 0.3), (0.0, 0.0)]:
+        config = common.get_config()
+        config.update(num_blocks=2, num_layers=2, hidden_size=12, cfg_scale=cfg_scale, class_dropout_prob=0.3)
+        blueprint, params = Blueprint.of(new_model(config, ARCH))
+        loss, curriculum = make_objective(config, blueprint)
+        parts = (params["shared"], params["block_0"])
+        loss(parts, images, jnp.zeros(400, jnp.int32), jax.random.key(0), curriculum.ranges[0])
+        blank = (seen[-1] == 0).all(axis=(1, 2, 3))
+        assert np.all(blank | (seen[-1] == 1).all(axis=(1, 2, 3)))
+        assert abs(blank.mean() - expected) <= 0.08  # 400 draws at 0.3: standard deviation 0.023
+
+
+@pytest.mark.parametrize("table", ["raw", "normalized"])
+def test_a_sampler_step_moves_toward_the_mean_embedding_of_its_table(table):
+    """By hand: a fresh head knows nothing, so every label has probability 1/4, and Euler moves z toward their mean."""
+    model = make_dblock_vit(ARCH, 2, rngs=nnx.Rngs(0))
+    z, images = jax.random.normal(jax.random.key(0), (2, 12)), jnp.ones((2, 8, 8, 1))
+    logits, moved = denoise_step(
+        model.shared, model.blocks[0], images, z, np.float32(8.0), np.float32(2.0),
+        sigma_data=0.5, cfg_scale=0.0, table=table,
+    )  # fmt: skip
+    assert not logits.any()
+    labels = np.asarray(model.shared.labels[...], np.float64)
+    if table == "normalized":
+        labels = labels / np.linalg.norm(labels, axis=1, keepdims=True)
+    start = np.asarray(z)
+    np.testing.assert_allclose(moved, start + (2 - 8) * (start - labels.mean(axis=0)) / 8, rtol=1e-4, atol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax import train as trainer
+from dblocks_jax import workdir as run_folder
 from dblocks_jax.checkpoint import Checkpoints
 from dblocks_jax.config import check_config, check_resumable, for_evaluation
 from dblocks_jax.errors import UserError
@@ -19,6 +20,8 @@ TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
     "num_epochs": 2, "save_every_n_epochs": 1, "log_every_n_steps": 1, "num_warmup_steps": 0, "dropout": 0.1,
 }  # fmt: skip
+
+CARD = {"class_names": list("0123456789"), "images": 1437}
 
 
 def tiny(module, **changes):
@@ -176,6 +179,8 @@ def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
         ({"patch_size": 3}, "patch_size=3 must divide image_size=8"),
         ({"num_heads": 5}, "num_heads=5 must divide hidden_size=12"),
         ({"sigma_min": -1.0}, "sigma_min must be greater than 0"),
+        ({"sigma_max": 1e300}, r"sigma_max must lie in \[1e-06"),
+        ({"scheduler_type": "cosine", "scheduler_specific_kwargs": '{"num_cycles": 1e999}'}, "numbers >= 0"),
         ({"sigma_min": 90.0}, "sigma_min=90.0 must be below sigma_max=80.0"),
         ({"gamma": 0.6}, r"gamma must lie in \[0, 0.5\]"),
         ({"gamma": -0.1}, r"gamma must lie in \[0, 0.5\]"),
@@ -193,6 +198,46 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path, changes, messag
     with pytest.raises(UserError, match=message):
         run(tiny(dblock_digits, **changes), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def write_folder(root: Path, classes: tuple[str, ...], count: int) -> None:
+    """A folder data set of random images."""
+    from PIL import Image
+
+    rng = np.random.default_rng(len(classes))
+    for split in ("train", "test"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(root / split / name / f"{index}.png")
+
+
+def test_other_images_under_the_same_config_are_refused(tmp_path):
+    write_folder(tmp_path / "a", ("cat", "dog"), 4)
+    write_folder(tmp_path / "b", ("cat", "eel"), 4)
+    write_folder(tmp_path / "c", ("cat", "dog"), 5)
+    folder = {"dataset": "folder", "batch_size": 4, "num_epochs": 1}
+    first = tiny(dblock_digits, **folder, data_dir=str(tmp_path / "a"))
+    result = run(first, tmp_path / "run")
+    assert result["num_images"] == 8
+    with pytest.raises(UserError, match=r"other classes: missing are \['dog'\], new are \['eel'\]"):
+        run(tiny(dblock_digits, **folder, data_dir=str(tmp_path / "b")), tmp_path / "run")
+    with pytest.raises(UserError, match="trained on 8 images, but now there are 10"):
+        run(tiny(dblock_digits, **folder, data_dir=str(tmp_path / "c")), tmp_path / "run")
+    with pytest.raises(UserError, match="other classes"):
+        evaluate_run(first, tmp_path / "run", overrides={"data_dir": str(tmp_path / "b")}, checkpoint="best")
+    moved = evaluate_run(first, tmp_path / "run", overrides={"data_dir": str(tmp_path / "c")}, checkpoint="best")
+    assert moved["num_images"] == 10
+
+
+def test_a_log_cut_short_is_mended(tmp_path):
+    """Killed before the first checkpoint and in the middle of a line: the log begins anew, whole."""
+    config = tiny(vit_digits, num_epochs=1)
+    run_folder.open_run(tmp_path, config.to_dict(), CARD, command=[], overrides={})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "blocks": {}}\n{"step": 2, "bl')
+    run(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "blocks" in line] == [1, 2]
 
 
 def test_evaluating_nothing_says_what_to_do(tmp_path):
