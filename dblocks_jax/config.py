@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.data import steps_per_epoch
-from dblocks_jax.datasets import Dataset
+from dblocks_jax.datasets import Dataset, load_dataset
 from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges
 from dblocks_jax.errors import UserError
 from dblocks_jax.models.vit import Architecture
@@ -98,6 +98,17 @@ def _check_diffusion(config: ConfigDict) -> None:
 def noise_distribution(config: ConfigDict) -> NoiseDistribution:
     """The distribution of sigma in training."""
     return NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
+
+
+def find_dataset(config: ConfigDict) -> Dataset:
+    """The data set of a config; see `load_dataset`."""
+    return load_dataset(
+        config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
 
 
 def architecture(config: ConfigDict, dataset: Dataset) -> Architecture:

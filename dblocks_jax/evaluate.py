@@ -18,11 +18,12 @@ from dblocks_jax.config import (
     architecture,
     check_config,
     check_same_data,
+    find_dataset,
     for_evaluation,
     image_dropout,
 )
 from dblocks_jax.data import eval_batches
-from dblocks_jax.datasets import Source, load_dataset
+from dblocks_jax.datasets import Source
 from dblocks_jax.devices import make_mesh, replicate, shard_batch
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
@@ -42,13 +43,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         run = checkpoints.run(step)
         config = for_evaluation(run["config"], overrides, config)
         check_config(config)
-        dataset = load_dataset(
-            config.dataset,
-            data_dir=config.data_dir,
-            image_size=config.image_size,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-        )
+        dataset = find_dataset(config)
         check_same_data(run["data"], {"class_names": list(dataset.class_names)}, str(workdir))
         if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
             logging.warning(

@@ -12,9 +12,16 @@ from ml_collections import ConfigDict
 from dblocks_jax import workdir as run_folder
 from dblocks_jax.build import Blueprint, make_classifier, make_objective, new_model
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.config import architecture, check_config, check_resumable, check_same_data, count_steps, schedule
+from dblocks_jax.config import (
+    architecture,
+    check_config,
+    check_resumable,
+    check_same_data,
+    count_steps,
+    find_dataset,
+    schedule,
+)
 from dblocks_jax.data import train_batches
-from dblocks_jax.datasets import load_dataset
 from dblocks_jax.devices import check_batch_size, make_mesh, replicate, shard_batch
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate
@@ -41,13 +48,7 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         raise UserError(f"{workdir} holds checkpoints but no {run_folder.CONFIG}: restore it, or use another --workdir")
 
     # Data.
-    dataset = load_dataset(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
+    dataset = find_dataset(config)
     train_source = dataset.split("train")
     total_steps, steps_per_epoch = count_steps(config, len(train_source))
     images_per_step = config.batch_size * config.accumulate_grad_batches
