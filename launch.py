@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 a mistake in config, data or workdir (one line says which)
 """
 
 import sys
+import traceback
 from itertools import pairwise
 from logging import ERROR, WARNING, LogRecord
 from pathlib import Path
@@ -18,6 +19,7 @@ from dblocks_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train: start or resume a run; eval: score a saved one.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run [checkpoints/<config><postfix>].")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see the README.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval: best, last, or the step of a checkpoint.")
 
 
@@ -68,18 +70,26 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or f"checkpoints/{name}{config.postfix}")
     _log_our_own_lines()
 
+    from dblocks_jax import processes
     from dblocks_jax.evaluate import evaluate_run
     from dblocks_jax.train import train
     from dblocks_jax.workdir import finish
 
     try:
+        if DISTRIBUTED.value:
+            processes.join()
+            logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
         if MODE.value == "eval":
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
         else:
             result = train(config, workdir, command=sys.argv, overrides=overrides)
         finish(workdir, result)
     except UserError as error:
+        processes.end_all(f"launch.py: {error}")
         sys.exit(_complain(error, code=1))
+    except BaseException:
+        processes.end_all(traceback.format_exc())
+        raise
 
 
 def _log_our_own_lines() -> None:

@@ -25,7 +25,6 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, save_top_k: int = 0, read_only: bool = False):
         import orbax.checkpoint as ocp
-        from grain.checkpoint import CheckpointHandler
         from orbax.checkpoint import checkpoint_managers as policies
 
         def top1(metrics: dict[str, float]) -> float:
@@ -44,7 +43,9 @@ class Checkpoints:
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
-            DATA: CheckpointHandler(),
+            # Where the data stands is the same in all processes. Grain's own handler would write a file for each, which
+            # another number of processes could not read; of a job of one process this is the file that it writes.
+            DATA: ocp.JsonCheckpointHandler("process_0-of-1.json"),
             RUN: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
@@ -89,15 +90,13 @@ class Checkpoints:
 
         The arrays may be donated as soon as this returns. A step that is there already is left as it is.
         """
-        from grain.checkpoint import CheckpointSave
-
         if step in self._manager.all_steps():
             return
         save = self._ocp.args.StandardSave
         items = {
             PARAMS: save({name: part.params for name, part in parts.items()}),
             ADAM: save({name: part.adam for name, part in parts.items()}),
-            DATA: CheckpointSave(data),
+            DATA: self._ocp.args.JsonSave(data.get_state()),
             RUN: self._ocp.args.JsonSave(run),
         }
         self._manager.save(step, args=self._ocp.args.Composite(**items), metrics=metrics)
@@ -108,13 +107,12 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other parameters.
         """
-        from grain.checkpoint import CheckpointRestore
-
         params = {name: part.params for name, part in parts.items()}
         adam = {name: part.adam for name, part in parts.items()}
         self._check_fits(step, params)
-        items = {PARAMS: self._like(params), ADAM: self._like(adam), DATA: CheckpointRestore(data)}
+        items = {PARAMS: self._like(params), ADAM: self._like(adam), DATA: self._ocp.args.JsonRestore()}
         restored = self._read(step, **items)
+        data.set_state(restored[DATA])
         return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
 
     def run(self, step: int) -> dict[str, Any]:

@@ -71,21 +71,26 @@ def train_batches(
     return cast(Batches, iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options())))
 
 
-def eval_batches(source: Source, *, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Each image once, in order: dict(image: uint8 [b, h, w, c], label: int32 [b], mask: bool [b]).
+def eval_batches(
+    source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each image once, in order: dict(image: uint8 [b, h, w, c], label, position: int32 [b], mask: bool [b]).
 
     The last batch is filled with repetitions of the last image, where mask is False: all batches have one shape.
+    Process i gets the i-th part of each batch: b = batch_size / process_count.
     """
     import grain
 
     labels = source.labels
+    share = batch_size // process_count
 
     def batch(start: int) -> dict[str, np.ndarray]:
-        positions = np.arange(start, start + batch_size)
+        positions = start + process_index * share + np.arange(share)
         indices = np.minimum(positions, len(source) - 1)
         return {
             "image": source.images(indices),
             "label": labels[indices],
+            "position": positions.astype(np.int32),
             "mask": positions < len(source),
         }
 

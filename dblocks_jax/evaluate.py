@@ -24,9 +24,10 @@ from dblocks_jax.config import (
 )
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
-from dblocks_jax.devices import make_mesh, replicate, shard_batch
+from dblocks_jax.devices import gather, make_mesh, replicate, shard_batch
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
+from dblocks_jax.processes import check_alike, first_process_first
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -43,7 +44,9 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         run = checkpoints.run(step)
         config = for_evaluation(run["config"], overrides, config)
         check_config(config)
-        dataset = find_dataset(config)
+        check_alike("command", (config.to_dict(), step))
+        with first_process_first("data"):
+            dataset = find_dataset(config)
         check_same_data(run["data"], {"class_names": list(dataset.class_names)}, str(workdir))
         if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
             logging.warning(
@@ -60,20 +63,23 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
 def evaluate(
     classify: Classifier, params: dict[str, Params], source: Source, *, batch_size: int, mesh: Mesh
 ) -> dict[str, Any]:
-    """Metrics of one split, as `metrics` returns them. The batch is rounded up to a multiple of the devices."""
+    """Metrics of one split, as `metrics` returns them. The batch is rounded up to a multiple of the devices.
+
+    Each process reads and classifies its part of a batch, and gets the results of all.
+    """
     batch_size = math.ceil(min(batch_size, len(source)) / mesh.size) * mesh.size
-    results, count = [], 0
-    for batch in eval_batches(source, batch_size=batch_size):
-        positions = (count + np.arange(batch_size)).astype(np.int32)
-        on_device = shard_batch({"image": batch["image"], "position": positions}, mesh)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    results = []
+    for batch in eval_batches(source, batch_size=batch_size, **share):
+        on_device = shard_batch({name: batch[name] for name in ("image", "position")}, mesh)
         logits = classify(params, on_device["image"], on_device["position"])
-        results.append((summarize(logits), batch["mask"]))
-        count += int(batch["mask"].sum())
+        results.append(gather(summarize(logits), mesh))
         if len(results) > 2:  # the device works on two batches while earlier results come home
             results[-3] = jax.device_get(results[-3])
     results = jax.device_get(results)
-    believed = np.concatenate([labels[:, mask] for (labels, _), mask in results], axis=1)
-    logits = np.concatenate([logits[mask] for (_, logits), mask in results])
+    # Results are in the order of the split; what fills the last batch is at the end.
+    believed = np.concatenate([labels for labels, _ in results], axis=1)[:, : len(source)]
+    logits = np.concatenate([logits for _, logits in results])[: len(source)]
     return metrics(believed, logits, source.labels)
 
 

@@ -26,6 +26,7 @@ from dblocks_jax.devices import check_batch_size, make_mesh, replicate, shard_ba
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate
 from dblocks_jax.optimizer import new_part
+from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
 from dblocks_jax.step import Augmentation, make_train_step
 
@@ -41,6 +42,7 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
     check_config(config)
     mesh = make_mesh()
     check_batch_size("batch_size", config.batch_size, mesh)
+    check_alike("config", config.to_dict())
     saved = run_folder.read_saved(workdir, run_folder.CONFIG)
     if saved is not None:
         check_resumable(saved, config, str(workdir))
@@ -48,11 +50,13 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         raise UserError(f"{workdir} holds checkpoints but no {run_folder.CONFIG}: restore it, or use another --workdir")
 
     # Data.
-    dataset = find_dataset(config)
+    with first_process_first("data"):
+        dataset = find_dataset(config)
     train_source = dataset.split("train")
     total_steps, steps_per_epoch = count_steps(config, len(train_source))
     images_per_step = config.batch_size * config.accumulate_grad_batches
-    batches = train_batches(train_source, batch_size=images_per_step, seed=config.seed)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = train_batches(train_source, batch_size=images_per_step, seed=config.seed, **share)
     val_source, test_source = dataset.split("val"), dataset.split("test")
     card = {"class_names": list(dataset.class_names), "images": len(train_source)}
     saved_card = run_folder.read_saved(workdir, run_folder.DATA)
@@ -81,9 +85,11 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         return evaluate(classify, params, source, batch_size=config.eval_batch_size, mesh=mesh)
 
     # Resume, or start.
-    run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
+    with first_process_first("workdir"):
+        run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
     with Checkpoints(workdir, save_top_k=config.save_top_k if val_source is not None else 0) as checkpoints:
         start = checkpoints.latest() or 0
+        check_alike("checkpoints", start)
         if start:
             parts = checkpoints.restore(start, parts, batches)
         run_folder.forget_metrics_after(workdir, start)

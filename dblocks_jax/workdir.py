@@ -1,4 +1,7 @@
-"""The folder of a run: its config, the record of every start, its metrics and results."""
+"""The folder of a run: its config, the record of every start, its metrics and results.
+
+Of several processes that train together the first one writes; in the others every function that writes does nothing.
+"""
 
 import json
 import math
@@ -14,8 +17,10 @@ from typing import Any
 import jax
 
 from dblocks_jax.errors import UserError
+from dblocks_jax.processes import is_first
 
 CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
+SHARED_SECONDS = 60  # a network disk may take so long to show what another machine wrote
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -40,8 +45,10 @@ def open_run(
     """Make the folder, keep config and data card, and add this start (when, what, with what, on what) to the record.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or another process does not see what the first one wrote.
     """
+    if not is_first():
+        return _see(workdir / STARTS)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
@@ -61,6 +68,14 @@ def open_run(
         raise UserError(
             f"cannot write the run's folder {workdir}: {error.strerror}; choose another --workdir"
         ) from None
+
+
+def _see(path: Path) -> None:
+    seen_by = time.monotonic() + SHARED_SECONDS
+    while not path.exists():
+        if time.monotonic() > seen_by:
+            raise UserError(f"{path} is not there for all processes: --workdir must be on a disk that they share")
+        time.sleep(1)
 
 
 def git_state() -> dict[str, Any] | None:
@@ -83,6 +98,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
+    if not is_first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
@@ -90,6 +107,8 @@ def _write_whole(path: Path, text: str) -> None:
 
 def append_json(path: Path, value: Any) -> None:
     """Add one line of JSON. Numbers that are not finite become null."""
+    if not is_first():
+        return
     with path.open("a") as file:
         file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
 
@@ -123,6 +142,8 @@ def finish(workdir: Path, result: dict[str, Any]) -> None:
     Raises:
       UserError: it cannot be kept.
     """
+    if not is_first():
+        return
     sys.stderr.flush()
     print(json.dumps(_finite(result), allow_nan=False), flush=True)
     path = workdir / f"{result['mode']}.json"

@@ -86,6 +86,7 @@ def test_eight_devices_train_as_one(trained, tmp_path):
         (["--config=configs/vit_digits.py", "--mode=fly"], 2, "<train|eval>"),
         (["--config=configs/vit_digits.py", "train"], 2, "unexpected argument 'train'"),
         (["--config=configs/vit_digits.py", "--config.patch_size=3"], 1, "patch_size=3 must divide image_size=8"),
+        (["--config=configs/vit_digits.py", "--distributed"], 1, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(tmp_path, args, code, message):
