@@ -20,7 +20,7 @@ from dblocks_jax.errors import UserError
 from dblocks_jax.processes import is_first
 
 CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
-SHARED_SECONDS = 60  # a network disk may take so long to show what another machine wrote
+SHARED_SECONDS = 30  # a network disk may take so long to show what another machine wrote
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
