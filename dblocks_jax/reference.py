@@ -9,7 +9,7 @@ from flax import nnx
 
 from dblocks_jax.errors import UserError
 from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
-from dblocks_jax.models.layers import Layer
+from dblocks_jax.models.layers import Layer, Linear
 from dblocks_jax.models.vit import Architecture, ViT
 
 PATCH_WEIGHT = "vit.embeddings.patch_embeddings.projection.weight"
@@ -152,7 +152,7 @@ def _same(name: str, variable: nnx.Variable) -> Entry:
     return Entry((name,), variable, lambda x: x, lambda x: (x,))
 
 
-def _linear(prefix: str, module: nnx.Linear) -> Iterator[Entry]:
+def _linear(prefix: str, module: Linear) -> Iterator[Entry]:
     """PyTorch keeps (out, in); we keep (in, out)."""
     yield Entry((f"{prefix}.weight",), module.kernel, lambda x: x.T, lambda x: (x.T,))
     assert module.bias is not None

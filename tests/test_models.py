@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
-from dblocks_jax.models.layers import Attention, dropout, sinusoidal_features
+from dblocks_jax.models.layers import Attention, affine, attend, dropout, gelu, sinusoidal_features
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
 TINY = Architecture(
@@ -47,7 +47,7 @@ def test_a_fresh_block_is_the_identity_and_knows_nothing(key):
     images, z = jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 12))
     tokens = model.shared.embed(images, z, None)
     cond = model.shared.noise(jnp.array([0.1, -2.0]))
-    np.testing.assert_array_equal(model.blocks[0](tokens, cond, None), tokens)
+    np.testing.assert_array_equal(model.blocks[0](tokens, cond, None), tokens[:, :1])  # the label token is all it reads
     assert not model.shared.classify(z, cond).any()
 
 
@@ -59,7 +59,7 @@ def test_blocks_start_different_but_alike_in_structure():
 
 
 def test_attention_does_not_care_about_the_order_of_tokens(key):
-    attention = Attention(12, 3, 0.0, rngs=nnx.Rngs(0))
+    attention = Attention(12, 3, 0.0, dtype="float32", rngs=nnx.Rngs(0))
     x = jax.random.normal(key, (1, 5, 12))
     order = jnp.array([3, 0, 4, 2, 1])
     np.testing.assert_allclose(attention(x[:, order], None), attention(x, None)[:, order], atol=1e-6)
@@ -164,6 +164,89 @@ def test_gradient_checkpointing_changes_no_value(key):
     np.testing.assert_allclose(plain, remat, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(plain_grads), jax.tree.leaves(remat_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def loss_of_first_token(arch: Architecture, key):
+    """(value, gradients) of a function of the first token after one block with open gates and dropout off."""
+    model = make_dblock_vit(arch, 2, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model.blocks[0])
+    params = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(key, p.shape), params)
+    tokens, cond = jax.random.normal(key, (2, 5, 12)), jnp.ones((2, 2))
+
+    def loss(params, tokens):
+        return jnp.sum(nnx.merge(graphdef, params)(tokens, cond, None)[:, 0] ** 3)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, tokens)
+
+
+def test_computing_only_the_token_that_is_read_changes_nothing(key):
+    """Mean pooling makes the block compute all tokens: its first one, and what it asks of the rest, are the same."""
+    (value, grads), (value_of_all, grads_of_all) = (
+        loss_of_first_token(Architecture(**(vars(TINY) | {"pool": pool})), key) for pool in ("cls", "mean")
+    )
+    np.testing.assert_allclose(value, value_of_all, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_of_all), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
+def test_the_dense_layers_own_backward_pass(inputs, outputs, key):
+    """Against the derivative that JAX finds by itself; both orders of its product."""
+    x, kernel, bias = (jax.random.normal(key, shape) for shape in ((2, 5, inputs), (inputs, outputs), (outputs,)))
+
+    def cubed(layer):
+        return jax.grad(lambda *args: jnp.sum(layer(*args) ** 3), argnums=(0, 1, 2))(x, kernel, bias)
+
+    def plain(x, kernel, bias):
+        return jnp.einsum("bti,io->bto", x, kernel) + bias[None, None]
+
+    for ours, theirs in zip(cubed(affine), cubed(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_gelu_and_its_derivative(key):
+    """Against the normal distribution in float64: x P(x) and P(x) + x p(x)."""
+    from scipy.stats import norm
+
+    x = jnp.concatenate([jnp.linspace(-6, 6, 49), jnp.array([-40.0, 40.0])])
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(gelu(x), exact * norm.cdf(exact), rtol=1e-6, atol=1e-6)
+    slope = jax.vmap(jax.grad(gelu))(x)
+    np.testing.assert_allclose(slope, norm.cdf(exact) + exact * norm.pdf(exact), rtol=1e-6, atol=1e-6)
+
+
+def test_attentions_own_backward_pass(key):
+    """With dropout on its probabilities, against the derivative that JAX finds of the formula written out."""
+    q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 4, 3, 5)) for i in range(3))
+    keep = jax.random.bernoulli(key, 0.7, (2, 3, 4, 4))
+
+    def plain(q, k, v):
+        scores = jnp.einsum("bqhw,bthw->bhqt", q, k) / np.sqrt(5)
+        probs = jnp.exp(scores) / jnp.sum(jnp.exp(scores), axis=-1, keepdims=True)
+        return jnp.einsum("bhqt,bthw->bqhw", probs * keep / 0.7, v)
+
+    def cubed(function):
+        return jax.value_and_grad(lambda *args: jnp.sum(function(*args) ** 3), argnums=(0, 1, 2))(q, k, v)
+
+    ours, theirs = cubed(lambda q, k, v: attend(q, k, v, keep, 0.3)), cubed(plain)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_bfloat16_computes_the_same_within_its_digits(pool, key):
+    """bfloat16 has 8 bits of mantissa. Parameters, gradients and what leaves the transformer stay float32."""
+    (value, (grads, _)), (exact, (exact_grads, _)) = (
+        loss_of_first_token(Architecture(**(vars(TINY) | {"pool": pool, "dtype": dtype})), key)
+        for dtype in ("bfloat16", "float32")
+    )
+    np.testing.assert_allclose(np.float32(value), exact, rtol=0.05)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(exact_grads), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, atol=0.05 * np.abs(b).max())
+    model = make_dblock_vit(Architecture(**(vars(TINY) | {"pool": pool, "dtype": "bfloat16"})), 2, rngs=nnx.Rngs(0))
+    features, cond = run_block(model.shared, model.blocks[0], jnp.ones((1, 8, 8, 3)), jnp.ones((1, 12)), jnp.ones(1))
+    assert features.dtype == cond.dtype == np.float32
 
 
 def test_noise_features_are_cosines_then_sines():

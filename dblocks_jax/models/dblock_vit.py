@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dblocks_jax.models.layers import (
     Block,
+    Linear,
     Modulation,
     NoiseEmbedding,
     PatchEmbedding,
@@ -15,7 +16,6 @@ from dblocks_jax.models.layers import (
     init_weights,
     init_zeros,
     layer_norm,
-    linear,
     modulate,
     split_key,
 )
@@ -35,13 +35,13 @@ class Shared(nnx.Module):
     def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
         self.pool = arch.pool
         self.dropout_rate = arch.dropout_rate
-        self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, rngs=rngs)
+        self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
         self.labels = nnx.Param(init_weights(rngs.params(), (arch.num_labels, arch.hidden_size)))
         self.noise = NoiseEmbedding(arch.hidden_size, rngs=rngs)
         self.norm = layer_norm(arch.hidden_size, rngs=rngs)
         self.modulation = Modulation(arch.hidden_size, 2, rngs=rngs)
-        self.head = linear(arch.hidden_size, arch.num_labels, rngs=rngs, init=init_zeros)
+        self.head = Linear(arch.hidden_size, arch.num_labels, rngs=rngs, init=init_zeros)
 
     def embed_labels(self, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
         """The clean target y: L2-normalised embeddings of the true labels."""
@@ -51,8 +51,9 @@ class Shared(nnx.Module):
         self, images: Float[Array, "b h w c"], z_in: Float[Array, "b d"], key: Key[Array, ""] | None
     ) -> Float[Array, "b t d"]:
         """[noisy label token; patches] + positions."""
-        tokens = jnp.concatenate([z_in[:, None], self.patches(images)], axis=1)
-        tokens = tokens + jnp.broadcast_to(self.positions[...], tokens.shape)
+        patches = self.patches(images)
+        tokens = jnp.concatenate([z_in[:, None], patches], axis=1)
+        tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
         return dropout(tokens, self.dropout_rate, key)
 
     def classify(self, denoised: Float[Array, "b d"], cond: Float[Array, "b k"]) -> Float[Array, "b classes"]:

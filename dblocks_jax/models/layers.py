@@ -1,39 +1,111 @@
 """Building blocks of both vision transformers. Every dropout takes an explicit key; no key means no dropout."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Key
 
 # The reference cuts its normal(0.02) draws at +-2.0, which is 100 standard deviations: no cut at all.
 init_weights = nnx.initializers.normal(0.02)
 init_zeros = nnx.initializers.zeros
 
+# What a layer keeps for its backward pass: outputs of dense layers and of attention, dropout masks (a byte an entry).
+# Norms, GELU and attention probabilities are computed again, sooner than written to memory and read back.
+DENSE_OUTPUT, ATTENDED, DROPOUT_MASK = "dense_output", "attended", "dropout_mask"
+KEPT = jax.checkpoint_policies.save_only_these_names(DENSE_OUTPUT, ATTENDED, DROPOUT_MASK)
+
 NOISE_FEATURES = 256
 MAX_PERIOD = 10_000
 
 
-def linear(features_in: int, features_out: int, *, rngs: nnx.Rngs, init=init_weights) -> nnx.Linear:
-    """A dense layer as both models initialise it: normal(0.02) weights, zero bias."""
-    return nnx.Linear(features_in, features_out, kernel_init=init, rngs=rngs)
+@jax.custom_vjp
+def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"]) -> Float[Array, "*b o"]:
+    """x @ kernel + bias in x's type, with a backward pass that is sparing with memory."""
+    product = x @ kernel.astype(x.dtype)
+    return product + jnp.broadcast_to(bias.astype(x.dtype), product.shape)
 
 
-def layer_norm(features: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with the reference's epsilon; the two-pass variance keeps its digits at epsilon 1e-12."""
-    return nnx.LayerNorm(features, epsilon=1e-12, use_fast_variance=False, rngs=rngs)
+def _affine_backward(saved, grad):
+    x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
+    # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
+    x_is_narrower = kernel.shape[0] <= kernel.shape[1]
+    left, right = (x, grad) if x_is_narrower else (grad, x)
+    product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
+    grad, product = jax.lax.optimization_barrier((grad, product))
+    grad_bias = jnp.sum(grad, axis=rows, dtype=kernel.dtype)
+    return grad @ kernel.T.astype(x.dtype), product if x_is_narrower else product.T, grad_bias
+
+
+affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), _affine_backward)
+
+
+class Linear(nnx.Module):
+    """A dense layer: float32 parameters, normal(0.02) weights and zero bias to begin with, computing in `dtype`."""
+
+    def __init__(
+        self, features_in: int, features_out: int, *, dtype: str = "float32", init=init_weights, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (features_in, features_out)))
+        self.bias = nnx.Param(init_zeros(rngs.params(), (features_out,)))
+
+    def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
+        """The outputs `columns`, by default all."""
+        out = affine(x.astype(self.dtype), self.kernel[...][:, columns], self.bias[...][columns])
+        return checkpoint_name(out, DENSE_OUTPUT)
+
+
+def layer_norm(features: int, *, dtype: str = "float32", rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with the reference's epsilon; the two-pass variance keeps its digits at epsilon 1e-12.
+
+    Statistics are float32 whatever `dtype` the result has.
+    """
+    return nnx.LayerNorm(features, epsilon=1e-12, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
 
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     """Zero each entry with probability `rate` and rescale the rest; the identity without a key or at rate 0."""
+    keep = draw_kept(rate, key, x.shape)
+    return x if keep is None else rescale_kept(x, keep, rate)
+
+
+def draw_kept(rate: float, key: Key[Array, ""] | None, shape: tuple[int, ...]) -> Bool[Array, "..."] | None:
+    """Which entries a dropout keeps; None for all of them."""
     if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0.0)
+        return None
+    return checkpoint_name(jax.random.bernoulli(key, 1.0 - rate, shape), DROPOUT_MASK)
+
+
+def rescale_kept(x: Array, keep: Bool[Array, "..."], rate: float) -> Array:
+    """x / (1 - rate) where kept, else 0."""
+    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
     """`count` independent keys, or as many Nones."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x * P(N(0, 1) <= x), exactly, by erf as in the reference. jax.nn.gelu uses erfc, which XLA takes to pieces."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, grad):
+    # The barrier keeps XLA from sharing erf with the forward pass, which would keep an array as large as x for it.
+    x = jax.lax.optimization_barrier(x)
+    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+    return (grad * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5))) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def modulate(
@@ -42,7 +114,7 @@ def modulate(
     """x * (1 + scale) + shift, the same for every token of a sample."""
     if x.ndim == 3:
         shift, scale = shift[:, None], scale[:, None]
-    return x * (1 + scale) + shift
+    return x * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 
 
 def sinusoidal_features(c_noise: Float[Array, " b"]) -> Float[Array, "b 256"]:
@@ -56,9 +128,9 @@ def sinusoidal_features(c_noise: Float[Array, " b"]) -> Float[Array, "b 256"]:
 class PatchEmbedding(nnx.Module):
     """Cut an image into square patches and project each: a strided convolution, written as one matrix product."""
 
-    def __init__(self, patch_size: int, channels: int, hidden_size: int, *, rngs: nnx.Rngs):
+    def __init__(self, patch_size: int, channels: int, hidden_size: int, *, dtype: str, rngs: nnx.Rngs):
         self.patch_size = patch_size
-        self.projection = linear(patch_size * patch_size * channels, hidden_size, rngs=rngs)
+        self.projection = Linear(patch_size * patch_size * channels, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         b, h, w, c = images.shape
@@ -71,8 +143,8 @@ class NoiseEmbedding(nnx.Module):
     """c_noise -> conditioning vector of hidden_size // 6: sinusoidal features, then two dense layers with SiLU."""
 
     def __init__(self, hidden_size: int, *, rngs: nnx.Rngs):
-        self.linear_1 = linear(NOISE_FEATURES, hidden_size // 6, rngs=rngs)
-        self.linear_2 = linear(hidden_size // 6, hidden_size // 6, rngs=rngs)
+        self.linear_1 = Linear(NOISE_FEATURES, hidden_size // 6, rngs=rngs)
+        self.linear_2 = Linear(hidden_size // 6, hidden_size // 6, rngs=rngs)
 
     def __call__(self, c_noise: Float[Array, " b"]) -> Float[Array, "b k"]:
         return nnx.silu(self.linear_2(nnx.silu(self.linear_1(sinusoidal_features(c_noise)))))
@@ -83,39 +155,81 @@ class Modulation(nnx.Module):
 
     def __init__(self, hidden_size: int, chunks: int, *, rngs: nnx.Rngs):
         self.chunks = chunks
-        self.linear = linear(hidden_size // 6, chunks * hidden_size, rngs=rngs, init=init_zeros)
+        self.linear = Linear(hidden_size // 6, chunks * hidden_size, rngs=rngs, init=init_zeros)
 
     def __call__(self, cond: Float[Array, "b k"]) -> list[Float[Array, "b d"]]:
         return jnp.split(nnx.silu(self.linear(cond)), self.chunks, axis=-1)
 
 
+def _attention(
+    q: Float[Array, "b q h w"],
+    k: Float[Array, "b t h w"],
+    v: Float[Array, "b t h w"],
+    keep: Bool[Array, "b h q t"] | None,
+    rate: float,
+) -> Float[Array, "b q h w"]:
+    scores = jnp.einsum("bqhw,bthw->bhqt", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if keep is not None:
+        probs = rescale_kept(probs, keep, rate)
+    return jnp.einsum("bhqt,bthw->bqhw", probs, v)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q, k, v, keep, rate):
+    """softmax(q k / sqrt(w)) v with dropout on the probabilities, which only ever exist for one layer at a time.
+
+    Shapes as in `_attention`. The backward pass computes the probabilities again, once its gradient is there.
+    """
+    return _attention(q, k, v, keep, rate)
+
+
+def _attend_backward(rate, saved, grad):
+    # Without the barrier a scheduler computes them early, beside the MLP's large arrays.
+    q, k, v, keep, grad = jax.lax.optimization_barrier((*saved, grad))
+    _, pull_back = jax.vjp(lambda q, k, v: _attention(q, k, v, keep, rate), q, k, v)
+    return *pull_back(grad), None
+
+
+attend.defvjp(lambda *args: (attend(*args), args[:4]), _attend_backward)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with dropout on its probabilities."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout_rate: float, *, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, num_heads: int, dropout_rate: float, *, dtype: str, rngs: nnx.Rngs):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
-        self.query_key_value = linear(hidden_size, 3 * hidden_size, rngs=rngs)
-        self.output = linear(hidden_size, hidden_size, rngs=rngs)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, rngs=rngs)
+        self.output = Linear(hidden_size, hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b t d"], key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
+    def __call__(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
+    ) -> Float[Array, "b q d"]:
+        """What each token reads from all tokens; with `first_only` what the first one reads (q = 1)."""
         b, t, d = x.shape
-        qkv = self.query_key_value(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(float(d // self.num_heads))
-        probs = dropout(jax.nn.softmax(scores, axis=-1), self.dropout_rate, key)
-        return self.output(jnp.einsum("bhqk,bkhd->bqhd", probs, v).reshape(b, t, d))
+        if first_only:
+            q = self.query_key_value(x[:, :1], slice(0, d))
+            k, v = jnp.split(self.query_key_value(x, slice(d, None)), 2, axis=-1)
+        else:
+            q, k, v = jnp.split(self.query_key_value(x), 3, axis=-1)
+        q, k, v = (array.reshape(b, -1, self.num_heads, d // self.num_heads) for array in (q, k, v))
+        keep = draw_kept(self.dropout_rate, key, (b, self.num_heads, q.shape[1], t))
+        attended = checkpoint_name(attend(q, k, v, keep, self.dropout_rate), ATTENDED)
+        return self.output(attended.reshape(b, -1, d))
 
 
 class Mlp(nnx.Module):
     """Dense, exact GELU, dense."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, rngs: nnx.Rngs):
-        self.intermediate = linear(hidden_size, intermediate_size, rngs=rngs)
-        self.output = linear(intermediate_size, hidden_size, rngs=rngs)
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.output(jax.nn.gelu(self.intermediate(x), approximate=False))
+        # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
+        rows = x.reshape(-1, x.shape[-1])
+        return self.output(gelu(self.intermediate(rows))).reshape(x.shape)
 
 
 class Layer(nnx.Module):
@@ -129,49 +243,63 @@ class Layer(nnx.Module):
         dropout_rate: float,
         *,
         conditioned: bool,
+        dtype: str,
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout_rate
-        self.norm_attention = layer_norm(hidden_size, rngs=rngs)
-        self.attention = Attention(hidden_size, num_heads, dropout_rate, rngs=rngs)
-        self.norm_mlp = layer_norm(hidden_size, rngs=rngs)
-        self.mlp = Mlp(hidden_size, intermediate_size, rngs=rngs)
+        self.norm_attention = layer_norm(hidden_size, dtype=dtype, rngs=rngs)
+        self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
+        self.norm_mlp = layer_norm(hidden_size, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(hidden_size, 6, rngs=rngs) if conditioned else None
 
     def __call__(
-        self, x: Float[Array, "b t d"], cond: Float[Array, "b k"] | None, key: Key[Array, ""] | None
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"],
+        cond: Float[Array, "b k"] | None,
+        key: Key[Array, ""] | None,
+        first_only: bool = False,
+    ) -> Float[Array, "b q d"]:
+        """All tokens after this layer; with `first_only` the first one alone, at a fraction of the work."""
         key_probs, key_attention, key_mlp = split_key(key, 3)
+        kept = x[:, :1] if first_only else x
 
         if self.modulation is None:
-            x = x + dropout(self.attention(self.norm_attention(x), key_probs), self.dropout_rate, key_attention)
+            attended = self.attention(self.norm_attention(x), key_probs, first_only)
+            x = kept + dropout(attended, self.dropout_rate, key_attention)
             return x + dropout(self.mlp(self.norm_mlp(x)), self.dropout_rate, key_mlp)
 
         assert cond is not None
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        attended = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), key_probs)
-        x = x + gate_a[:, None] * dropout(attended, self.dropout_rate, key_attention)
+        attended = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), key_probs, first_only)
+        gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
+        x = kept + gate_a * dropout(attended, self.dropout_rate, key_attention)
         mixed = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
-        return x + gate_m[:, None] * dropout(mixed, self.dropout_rate, key_mlp)
+        return x + gate_m * dropout(mixed, self.dropout_rate, key_mlp)
 
 
 class Block(nnx.Module):
     """Consecutive layers: what one DiffusionBlocks step trains, or the whole trunk of a plain transformer.
 
-    With `remat` each layer keeps only its input for the backward pass and computes the rest again.
+    With `remat` each layer keeps only its input for the backward pass and computes the rest again. With `first_only`
+    nothing but the first token is read off the result, so the last layer computes no other.
     """
 
-    def __init__(self, layers: list[Layer], *, remat: bool = False):
+    def __init__(self, layers: list[Layer], *, first_only: bool, remat: bool = False):
         self.layers = nnx.List(layers)
+        self.first_only = first_only
         self.remat = remat
 
     def __call__(
         self, x: Float[Array, "b t d"], cond: Float[Array, "b k"] | None, key: Key[Array, ""] | None
-    ) -> Float[Array, "b t d"]:
-        def apply(layer: Layer, x, cond, key):
-            return layer(x, cond, key)
+    ) -> Float[Array, "b q d"]:
+        """The tokens after all layers: q = 1 with `first_only`, else all."""
 
-        apply = jax.checkpoint(apply) if self.remat else apply
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x = apply(layer, x, cond, layer_key)
+        def apply(layer: Layer, x, cond, key, first_only):
+            return layer(x, cond, key, first_only)
+
+        apply = jax.checkpoint(apply, static_argnums=4, policy=None if self.remat else KEPT)
+        last = len(self.layers) - 1
+        for i, (layer, layer_key) in enumerate(zip(self.layers, split_key(key, last + 1), strict=True)):
+            x = apply(layer, x, cond, layer_key, self.first_only and i == last)
         return x

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dblocks_jax.models.layers import Block, Layer, PatchEmbedding, dropout, init_weights, layer_norm, linear, split_key
+from dblocks_jax.models.layers import Block, Layer, Linear, PatchEmbedding, dropout, init_weights, layer_norm, split_key
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Architecture:
     dropout_rate: float
     pool: Literal["cls", "mean"]
     gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the transformer's computation; parameters are float32
 
     @property
     def num_patches(self) -> int:
@@ -40,11 +41,12 @@ def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: 
             arch.intermediate_size,
             arch.dropout_rate,
             conditioned=conditioned,
+            dtype=arch.dtype,
             rngs=rngs,
         )
         for _ in range(num_layers)
     ]
-    return Block(layers, remat=arch.gradient_checkpointing)
+    return Block(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
 
 
 def pool_tokens(tokens: Float[Array, "b t d"], pool: str) -> Float[Array, "b d"]:
@@ -58,12 +60,12 @@ class ViT(nnx.Module):
     def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
         self.pool = arch.pool
         self.dropout_rate = arch.dropout_rate
-        self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, rngs=rngs)
+        self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.cls_token = nnx.Param(init_weights(rngs.params(), (1, 1, arch.hidden_size)))
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
         self.trunk = make_block(arch, arch.num_layers, conditioned=False, rngs=rngs)
         self.norm = layer_norm(arch.hidden_size, rngs=rngs)
-        self.head = linear(arch.hidden_size, arch.num_labels, rngs=rngs)
+        self.head = Linear(arch.hidden_size, arch.num_labels, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b classes"]:
         """Logits of normalised images; a key switches dropout on."""
@@ -71,6 +73,6 @@ class ViT(nnx.Module):
         patches = self.patches(images)
         cls = jnp.broadcast_to(self.cls_token[...], (patches.shape[0], 1, patches.shape[2]))
         tokens = jnp.concatenate([cls, patches], axis=1)
-        tokens = tokens + jnp.broadcast_to(self.positions[...], tokens.shape)
+        tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
         tokens = self.trunk(dropout(tokens, self.dropout_rate, key_embedding), None, key_trunk)
         return self.head(pool_tokens(self.norm(tokens), self.pool))
