@@ -59,6 +59,20 @@ def get_config() -> ConfigDict:
     config.scheduler_specific_kwargs = "{}"  # JSON, such as {"min_lr": 5e-5}
     config.num_warmup_steps = 0
 
+    # Which block when, and where the others wait.
+    config.block_schedule = "random"  # "random": drawn for each step (paper); "chunked": in turns; "sequential"
+    config.chunk_steps = 100  # steps of a turn, if "chunked"
+    config.idle_blocks = "device"  # where blocks not being trained wait: "device", or "host" to save its memory
+    config.sharing = "shared"  # "shared": one set of embeddings and head (released code); "isolated": one a block
+    config.train_blocks = ()  # if "isolated": train these blocks here, the others elsewhere; () is all of them
+    config.block_parallel = False  # train all blocks at once, each on its own share of the devices
+
+    # Arithmetic and speed.
+    config.dtype = "float32"  # of the transformer's arithmetic: or "bfloat16"; parameters and loss stay float32
+    config.matmul_precision = "default"  # of float32 products: "default" (TF32 on GPUs), "high" or "highest"
+    config.prng_impl = "threefry2x32"  # or "rbg": faster on some devices, other random numbers
+    config.steps_per_call = 50  # at most so many steps in one call of the device, where the data live on it
+
     # The run.
     config.seed = 42
     config.eval_batch_size = 500

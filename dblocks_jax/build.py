@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 from dblocks_jax.augment import normalize
 from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps
 from dblocks_jax.denoiser import denoise_step
-from dblocks_jax.diffusion.noise import SigmaRange, block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
+from dblocks_jax.devices import to_device
+from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
 from dblocks_jax.diffusion.sampler import initial_z, sample
 from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.objective import BlockLoss, plain_loss
 from dblocks_jax.optimizer import Params
-from dblocks_jax.streams import block_at, stream
+from dblocks_jax.streams import stream
 
 KARRAS_RHO = 7.0
 
@@ -48,6 +49,12 @@ class Blueprint:
         params = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
         return cls({name: graphdef for name, (graphdef, _) in split.items()}), params
 
+    def names(self, block: int) -> tuple[str, ...]:
+        """The parts that are trained together with a block."""
+        if "model" in self.parts:
+            return ("model",)
+        return ("shared" if "shared" in self.parts else f"shared_{block}", f"block_{block}")
+
     def model(self, params: dict[str, Params]) -> ViT | DBlockViT:
         """Put a model together again."""
         modules = {name: nnx.merge(graphdef, params[name]) for name, graphdef in self.parts.items()}
@@ -64,25 +71,10 @@ def new_model(config: ConfigDict, arch: Architecture) -> ViT | DBlockViT:
     return make_dblock_vit(arch, config.num_blocks, rngs=rngs)
 
 
-@dataclass(frozen=True)
-class Curriculum:
-    """What each training step trains: the names of its parts, and the noise they see (None for the plain model)."""
-
-    seed: int
-    ranges: tuple[SigmaRange, ...]
-
-    def at(self, step: int) -> tuple[tuple[str, ...], int, SigmaRange | None]:
-        """(part names, block, noise range) of a step."""
-        if not self.ranges:
-            return ("model",), 0, None
-        block = block_at(self.seed, step, len(self.ranges))
-        return ("shared", f"block_{block}"), block, self.ranges[block]
-
-
 def make_objective(config: ConfigDict, blueprint: Blueprint):
-    """(loss of a training step, what each step trains)."""
+    """(loss of a training step, the noise range of each block; the plain model is one block without noise)."""
     if config.model_type == "vit":
-        return partial(plain_loss, graphdef=blueprint.parts["model"]), Curriculum(config.seed, ())
+        return partial(plain_loss, graphdef=blueprint.parts["model"]), [None]
     noise = noise_distribution(config)
     ranges = training_ranges(noise, block_edges(noise, config.num_blocks), config.gamma)
     loss = BlockLoss(
@@ -95,7 +87,7 @@ def make_objective(config: ConfigDict, blueprint: Blueprint):
         weighting=config.weighting,
         image_dropout=image_dropout(config),
     )
-    return loss, Curriculum(config.seed, tuple(ranges))
+    return loss, ranges
 
 
 def make_classifier(
@@ -137,7 +129,8 @@ def make_classifier(
         images, z = start(images, positions)
 
         def block_step(block: int, z: Array, sigma: np.float32, sigma_next: np.float32):
-            return step(params["shared"], params[f"block_{block}"], images, z, sigma, sigma_next)
+            shared, own = (to_device(params[name]) for name in blueprint.names(block))
+            return step(shared, own, images, z, sigma, sigma_next)
 
         return sample(block_step, z, sigmas, blocks)[0]
 

@@ -13,7 +13,7 @@ from dblocks_jax.optimizer import Params, Part
 
 FOLDER = "state"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
-PARAMS, ADAM, DATA, RUN = "params", "adam", "data", "run"
+PARAMS, ADAM, RUN = "params", "adam", "run"
 LATEST_KEPT = 2  # should the newest be damaged, a person can delete it and go on from the one before
 
 
@@ -43,9 +43,6 @@ class Checkpoints:
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
-            # Where the data stands is the same in all processes. Grain's own handler would write a file for each, which
-            # another number of processes could not read; of a job of one process this is the file that it writes.
-            DATA: ocp.JsonCheckpointHandler("process_0-of-1.json"),
             RUN: ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
@@ -83,10 +80,10 @@ class Checkpoints:
         """Return when everything is on disk; raises what went wrong."""
         self._manager.wait_until_finished()
 
-    def save(
-        self, step: int, parts: dict[str, Part], data: Any, run: dict[str, Any], metrics: dict[str, float] | None
-    ) -> None:
-        """Write parameters, optimizer state, the data's position and what `run` tells; returns before all is on disk.
+    def save(self, step: int, parts: dict[str, Part], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Write parameters, optimizer state and what `run` tells; returns before all is on disk.
+
+        Data and random numbers are functions of the step, so nothing of them is kept.
 
         The arrays may be donated as soon as this returns. A step that is there already is left as it is.
         """
@@ -96,13 +93,12 @@ class Checkpoints:
         items = {
             PARAMS: save({name: part.params for name, part in parts.items()}),
             ADAM: save({name: part.adam for name, part in parts.items()}),
-            DATA: self._ocp.args.JsonSave(data.get_state()),
             RUN: self._ocp.args.JsonSave(run),
         }
         self._manager.save(step, args=self._ocp.args.Composite(**items), metrics=metrics)
 
-    def restore(self, step: int, parts: dict[str, Part], data: Any) -> dict[str, Part]:
-        """The parts as saved at `step`, shaped and placed like `parts`; sets the data iterator to its position.
+    def restore(self, step: int, parts: dict[str, Part]) -> dict[str, Part]:
+        """The parts as saved at `step`, shaped and placed like `parts`.
 
         Raises:
           UserError: the checkpoint holds other parameters.
@@ -110,9 +106,8 @@ class Checkpoints:
         params = {name: part.params for name, part in parts.items()}
         adam = {name: part.adam for name, part in parts.items()}
         self._check_fits(step, params)
-        items = {PARAMS: self._like(params), ADAM: self._like(adam), DATA: self._ocp.args.JsonRestore()}
+        items = {PARAMS: self._like(params), ADAM: self._like(adam)}
         restored = self._read(step, **items)
-        data.set_state(restored[DATA])
         return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
 
     def run(self, step: int) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """What a config means: its checks, and the objects the rest of the program is built from."""
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
+from dblocks_jax.curriculum import BLOCK_SCHEDULES, Curriculum
 from dblocks_jax.data import steps_per_epoch
 from dblocks_jax.datasets import Dataset, load_dataset
 from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges
@@ -19,11 +24,17 @@ CHOICES = {
     "weighting": ("batch_mean", "per_sample", "none"),
     "sampler_spacing": ("cdf", "karras"),
     "label_table": ("raw", "normalized"),
+    "block_schedule": BLOCK_SCHEDULES,
+    "idle_blocks": ("device", "host"),
+    "sharing": ("shared", "isolated"),
+    "dtype": ("float32", "bfloat16"),
+    "matmul_precision": ("default", "high", "highest"),
+    "prng_impl": ("threefry2x32", "rbg"),
 }
 POSITIVE = (
     "image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks",
     "sigma_min", "sigma_max", "sigma_data", "p_std", "num_epochs", "batch_size", "accumulate_grad_batches",
-    "clip_norm", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
+    "clip_norm", "chunk_steps", "steps_per_call", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
@@ -34,9 +45,14 @@ LARGEST_SEED = 2**32 - 1
 SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep their digits in float32
 
 # Fields that the parameters do not depend on: a resumed run may change them.
-FREE_TO_CHANGE = ("data_dir", "eval_batch_size", "log_every_n_steps", "postfix", "save_every_n_epochs", "save_top_k")
+FREE_TO_CHANGE = (
+    "data_dir", "eval_batch_size", "idle_blocks", "log_every_n_steps", "postfix", "save_every_n_epochs", "save_top_k",
+    "steps_per_call",
+)  # fmt: skip
 # Fields that only the sampler reads: `--mode=eval` may change them too.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
+# Fields of arithmetic that evaluation may choose for itself.
+ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
 
 
 def check_config(config: ConfigDict) -> None:
@@ -70,7 +86,7 @@ def check_config(config: ConfigDict) -> None:
     _check_divides(config, "num_heads", "hidden_size")
     if config.model_type == "dblock":
         _check_diffusion(config)
-    schedule(config, total_steps=1)
+    schedule(config, updates=1)
 
 
 def _check_divides(config: ConfigDict, divisor: str, field: str) -> None:
@@ -80,6 +96,7 @@ def _check_divides(config: ConfigDict, divisor: str, field: str) -> None:
 
 def _check_diffusion(config: ConfigDict) -> None:
     _check_divides(config, "num_blocks", "num_layers")
+    _check_blocks(config)
     if config.hidden_size < 6:
         raise UserError(f"hidden_size must be at least 6 for a conditioned model, not {config.hidden_size}")
     for field in ("sigma_min", "sigma_max", "sigma_data"):
@@ -93,6 +110,44 @@ def _check_diffusion(config: ConfigDict) -> None:
             f"p_mean={config.p_mean}, p_std={config.p_std} put almost no noise between sigma_min={config.sigma_min} "
             f"and sigma_max={config.sigma_max}: it cannot be shared out among {config.num_blocks} blocks"
         )
+
+
+def _check_blocks(config: ConfigDict) -> None:
+    chosen = config.train_blocks
+    if list(chosen) != sorted(set(chosen)) or not all(
+        type(block) is int and 0 <= block < config.num_blocks for block in chosen
+    ):
+        raise UserError(f"train_blocks must be ascending numbers below num_blocks={config.num_blocks}, not {chosen}")
+    if chosen and config.sharing != "isolated":
+        raise UserError("train_blocks needs sharing=isolated: blocks that share parameters cannot be trained apart")
+    if chosen and config.block_parallel:
+        raise UserError("train_blocks and block_parallel exclude each other: the one trains apart, the other together")
+
+
+def trained_blocks(config: ConfigDict) -> tuple[int, ...]:
+    """The blocks that this run trains; the plain model is one block."""
+    if config.model_type == "vit":
+        return (0,)
+    return tuple(config.train_blocks) or tuple(range(config.num_blocks))
+
+
+def curriculum(config: ConfigDict, total_steps: int) -> Curriculum:
+    """What each of a run's `total_steps` steps trains."""
+    return Curriculum(
+        seed=config.seed,
+        schedule="sequential" if config.block_parallel else config.block_schedule,
+        chunk_steps=config.chunk_steps,
+        num_blocks=config.num_blocks if config.model_type == "dblock" else 1,
+        blocks=(0,) if config.block_parallel else trained_blocks(config),  # one turn for all
+        total_steps=total_steps,
+    )
+
+
+@contextmanager
+def arithmetic(config: ConfigDict) -> Iterator[None]:
+    """The context in which a config's programs are compiled: precision of products, generator of random numbers."""
+    with jax.default_matmul_precision(config.matmul_precision), jax.default_prng_impl(config.prng_impl):
+        yield
 
 
 def noise_distribution(config: ConfigDict) -> NoiseDistribution:
@@ -125,6 +180,7 @@ def architecture(config: ConfigDict, dataset: Dataset) -> Architecture:
         dropout_rate=config.dropout,
         pool=config.pool,
         gradient_checkpointing=config.gradient_checkpointing,
+        dtype=config.dtype,
     )
 
 
@@ -138,27 +194,39 @@ def num_inference_steps(config: ConfigDict) -> int:
     return config.num_inference_steps or config.num_blocks
 
 
-def count_steps(config: ConfigDict, num_images: int) -> tuple[int, int]:
-    """(updates in all, updates in one pass over the data).
+class Length(NamedTuple):
+    """How long a run is."""
+
+    steps: int  # of this run
+    updates: int  # of all blocks, here and elsewhere: what the learning rate's schedule spans
+    steps_per_epoch: int  # in one pass over the data
+
+
+def count_steps(config: ConfigDict, num_images: int) -> Length:
+    """How long a run on `num_images` images is.
 
     `num_epochs` passes for each block, so that a layer is updated as often as in the plain model. An update takes
-    `accumulate_grad_batches` full batches.
+    `accumulate_grad_batches` full batches. A run that trains some of the blocks makes their share of the updates; one
+    that trains all at once makes an update of each in a step.
 
     Raises:
       UserError: not even one update's images are there.
     """
     per_epoch = steps_per_epoch(num_images, config.batch_size * config.accumulate_grad_batches)
-    total = config.num_epochs * per_epoch * (config.num_blocks if config.model_type == "dblock" else 1)
-    return min(total, config.max_steps or total), per_epoch
+    num_blocks = config.num_blocks if config.model_type == "dblock" else 1
+    updates = config.num_epochs * per_epoch * num_blocks
+    updates = min(updates, config.max_steps or updates)
+    trained = 1 if config.block_parallel and num_blocks > 1 else len(trained_blocks(config))
+    return Length(max(1, updates * trained // num_blocks), updates, per_epoch)
 
 
-def schedule(config: ConfigDict, total_steps: int):
-    """Step -> learning rate, for a run of `total_steps` updates."""
+def schedule(config: ConfigDict, updates: int):
+    """Update -> learning rate, for `updates` of them."""
     return learning_rate(
         config.scheduler_type,
         lr=config.lr,
         num_warmup_steps=config.num_warmup_steps,
-        total_steps=total_steps,
+        total_steps=updates,
         specific_kwargs=config.scheduler_specific_kwargs,
     )
 
@@ -166,14 +234,15 @@ def schedule(config: ConfigDict, total_steps: int):
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
     """Refuse to go on in a workdir whose run had another config.
 
-    Fields in FREE_TO_CHANGE may differ; `num_epochs` and `max_steps` may grow where the learning rate does not depend
-    on the run's length.
+    Fields in FREE_TO_CHANGE may differ; `num_epochs` and `max_steps` may grow where neither the learning rate nor the
+    order of the blocks depends on the run's length.
 
     Raises:
       UserError: naming each field that differs, with both values.
     """
-    now = config.to_dict()
-    may_grow = ("num_epochs", "max_steps") if config.scheduler_type == "constant_with_warmup" else ()
+    saved, now = (json.loads(json.dumps(fields)) for fields in (saved, config.to_dict()))  # tuples become lists
+    grows = config.scheduler_type == "constant_with_warmup" and config.block_schedule != "sequential"
+    may_grow = ("num_epochs", "max_steps") if grows else ()
     differing = [
         f"{field} was {saved.get(field, 'absent')!r}, is {now.get(field, 'absent')!r}"
         for field in sorted(saved.keys() | now.keys())
@@ -217,11 +286,11 @@ def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: Con
     """
     result = ConfigDict({**config.to_dict(), **saved})
     for field, value in overrides.items():
-        if field in SAMPLER_FIELDS or field in FREE_TO_CHANGE:
+        if field in (*SAMPLER_FIELDS, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE):
             result[field] = value
         elif field not in ("num_epochs", "max_steps") and saved.get(field) != value:
             raise UserError(
                 f"--config.{field}={value!r} contradicts the checkpoint, which was trained with {saved.get(field)!r}; "
-                f"evaluation takes {', '.join((*SAMPLER_FIELDS, *FREE_TO_CHANGE))}"
+                f"evaluation takes {', '.join((*SAMPLER_FIELDS, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE))}"
             )
     return result

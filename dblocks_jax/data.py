@@ -2,7 +2,7 @@
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -19,7 +19,7 @@ READ_THREADS, READ_AHEAD = 2, 4
 
 @runtime_checkable
 class Batches(Protocol):
-    """An endless iterator of batches whose position can be saved, by itself or in an Orbax checkpoint."""
+    """An endless iterator of batches whose position can be read and set."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
     def __next__(self) -> dict[str, np.ndarray]: ...
@@ -38,34 +38,48 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return num_images // batch_size
 
 
+def batch_indices(num_images: int, *, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " b"]]:
+    """Step -> the images of its batch, a function of the seed.
+
+    Every epoch has its own order, visits an image at most once, and drops what does not fill a batch.
+
+    Raises:
+      UserError: the batch is larger than the data set.
+    """
+    steps = steps_per_epoch(num_images, batch_size)
+
+    @lru_cache(maxsize=2)  # threads that read ahead are at most one epoch apart
+    def order(epoch: int) -> Int[np.ndarray, " n"]:
+        return np.random.default_rng([zlib.crc32(b"order"), seed, epoch]).permutation(num_images)
+
+    def indices(step: int) -> Int[np.ndarray, " b"]:
+        epoch, position = divmod(int(step), steps)
+        return order(epoch)[position * batch_size : (position + 1) * batch_size]
+
+    return indices
+
+
 def train_batches(
     source: Source, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batches:
     """Endless dict(image: uint8 [b, h, w, c], label: int32 [b]) with b = batch_size / process_count.
 
-    A function of the seed: every epoch has its own order, visits an image at most once, and drops what does not fill a
-    batch. Process i gets the i-th part of each batch.
+    The batches are those of `batch_indices`; process i gets the i-th part of each.
 
     Raises:
       UserError: the batch is larger than the data set, or cannot be shared out among the processes.
     """
     import grain
 
-    steps = steps_per_epoch(len(source), batch_size)
+    indices = batch_indices(len(source), batch_size=batch_size, seed=seed)
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} must be a multiple of the {process_count} processes")
     share = batch_size // process_count
     labels = source.labels  # once: of a subset they are gathered
 
-    @lru_cache(maxsize=2)  # threads that read ahead are at most one epoch apart
-    def order(epoch: int) -> Int[np.ndarray, " n"]:
-        return np.random.default_rng([zlib.crc32(b"order"), seed, epoch]).permutation(len(source))
-
     def batch(step: int) -> dict[str, np.ndarray]:
-        epoch, position = divmod(int(step), steps)
-        start = position * batch_size + process_index * share
-        indices = order(epoch)[start : start + share]
-        return {"image": source.images(indices), "label": labels[indices]}
+        mine = indices(step)[process_index * share : (process_index + 1) * share]
+        return {"image": source.images(mine), "label": labels[mine]}
 
     # Not MapDataset.shuffle: it draws one index at a time, which takes longer than gathering the images.
     return cast(Batches, iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options())))

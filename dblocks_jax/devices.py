@@ -1,4 +1,4 @@
-"""Where arrays live: the batch is split over all devices of all processes, everything else is on each of them."""
+"""Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
 
 from typing import Any
 
@@ -8,12 +8,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dblocks_jax.errors import UserError
 
+DATA, BLOCK = "data", "block"  # the mesh's axes
 
-def make_mesh() -> Mesh:
-    """One axis, "data", over every device of every process."""
+
+def make_mesh(groups: int = 1) -> Mesh:
+    """Every device of every process, in `groups` along "block" and the rest along "data".
+
+    Raises:
+      UserError: the devices cannot be shared out among the groups.
+    """
     # In this order process i holds the i-th part of a batch. `jax.make_mesh` may choose another.
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+    if jax.local_device_count() % groups:
+        raise UserError(
+            f"block_parallel needs a multiple of num_blocks={groups} devices in each process, "
+            f"but there are {jax.local_device_count()}"
+        )
+    return Mesh(np.array(devices).reshape(-1, groups), (DATA, BLOCK), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -22,9 +33,26 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), tree)
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays split along their first axis: process i brings the i-th part, to be split evenly over its devices."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), batch)
+def shard(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Arrays split along `axis` over "data": process i brings the i-th part, to be split evenly over its devices."""
+    spec = PartitionSpec(*[None] * axis, DATA)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Move arrays from their devices' memory to the memory of their hosts, from where a device fetches fastest."""
+    return _move(tree, "pinned_host")
+
+
+def to_device(tree: Any) -> Any:
+    """Bring arrays back that `to_host` moved; others stay as they are."""
+    return _move(tree, "device")
+
+
+def _move(tree: Any, memory: str) -> Any:
+    if all(leaf.sharding.memory_kind == memory for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind(memory), tree))
 
 
 def gather(tree: Any, mesh: Mesh) -> Any:
@@ -38,8 +66,9 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh) -> None:
     Raises:
       UserError: naming the field.
     """
-    if batch_size % mesh.size:
-        raise UserError(f"{field}={batch_size} cannot be split evenly over {mesh.size} devices{_of_processes()}")
+    count = mesh.shape[DATA]
+    if batch_size % count:
+        raise UserError(f"{field}={batch_size} cannot be split evenly over {count} devices{_of_processes()}")
 
 
 def _of_processes() -> str:

@@ -16,6 +16,7 @@ from dblocks_jax.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.config import (
     SAMPLER_FIELDS,
     architecture,
+    arithmetic,
     check_config,
     check_same_data,
     find_dataset,
@@ -24,7 +25,7 @@ from dblocks_jax.config import (
 )
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
-from dblocks_jax.devices import gather, make_mesh, replicate, shard_batch
+from dblocks_jax.devices import DATA, gather, make_mesh, replicate, shard
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
 from dblocks_jax.processes import check_alike, first_process_first
@@ -55,7 +56,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
         params = checkpoints.restore_params(step, replicate(params, mesh))
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
-    scores = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
+    with arithmetic(config):
+        scores = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
     sampler = {field: config[field] for field in SAMPLER_FIELDS} if config.model_type == "dblock" else {}
     return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **scores, "sampler": sampler}
 
@@ -67,11 +69,12 @@ def evaluate(
 
     Each process reads and classifies its part of a batch, and gets the results of all.
     """
-    batch_size = math.ceil(min(batch_size, len(source)) / mesh.size) * mesh.size
+    count = mesh.shape[DATA]
+    batch_size = math.ceil(min(batch_size, len(source)) / count) * count
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     results = []
     for batch in eval_batches(source, batch_size=batch_size, **share):
-        on_device = shard_batch({name: batch[name] for name in ("image", "position")}, mesh)
+        on_device = shard({name: batch[name] for name in ("image", "position")}, mesh)
         logits = classify(params, on_device["image"], on_device["position"])
         results.append(gather(summarize(logits), mesh))
         if len(results) > 2:  # the device works on two batches while earlier results come home

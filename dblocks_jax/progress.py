@@ -10,10 +10,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from dblocks_jax.objective import Metrics
+from dblocks_jax.step import Log
 from dblocks_jax.workdir import METRICS, append_json
 
 WINDOWS_AHEAD = 2  # how far the host may run ahead of the device before it waits, so that batches cannot pile up
+
+
+Entry = tuple[tuple[int, ...], int, Log]  # blocks, number of steps, their metrics
 
 
 class Progress:
@@ -25,31 +28,38 @@ class Progress:
         self._steps_per_epoch = steps_per_epoch
         self._log_every = log_every
         self._images_per_step = images_per_step
-        self._window: list[tuple[int, Metrics]] = []
-        self._closed: deque[tuple[int, float, list[tuple[int, Metrics]]]] = deque()
+        self._window: list[Entry] = []
+        self._closed: deque[tuple[int, float, float, list[Entry]]] = deque()
+        self._waited = 0.0  # of the feed, when the last window was closed
         # Where the clock of the throughput stands. It starts with the first window that has come home, so that
         # compilation is not counted.
         self._since: tuple[int, float] | None = None
 
-    def add(self, step: int, block: int, lr: float, metrics: Metrics) -> None:
-        """Take the metrics of update number `step` (from 1); they may still be under way."""
-        self._window.append((block, metrics))
+    def add(self, step: int, blocks: tuple[int, ...], count: int, lr: float, metrics: Log, waited: float) -> None:
+        """Take the metrics of the `count` steps up to number `step` (from 1), which may still be under way.
+
+        Each metric is [k] for one block or [blocks, k] for several, of which the first `count` columns count. `lr` is
+        that of the last step, `waited` the seconds that all steps so far have waited for images.
+        """
+        self._window.append((blocks, count, metrics))
         if step % self._log_every == 0:
-            self._closed.append((step, lr, self._window))
-            self._window = []
+            self._close(step, lr, waited)
         home = 0
         while home < len(self._closed) and (
-            len(self._closed) - home > WINDOWS_AHEAD or _is_ready(self._closed[home][2])
+            len(self._closed) - home > WINDOWS_AHEAD or _is_ready(self._closed[home][-1])
         ):
             home += 1
         self._write_first(home)
 
-    def flush(self, step: int, lr: float) -> None:
+    def flush(self, step: int, lr: float, waited: float) -> None:
         """Write everything that is left, waiting for it."""
         if self._window:
-            self._closed.append((step, lr, self._window))
-            self._window = []
+            self._close(step, lr, waited)
         self._write_first(len(self._closed))
+
+    def _close(self, step: int, lr: float, waited: float) -> None:
+        self._closed.append((step, lr, waited - self._waited, self._window))
+        self._window, self._waited = [], waited
 
     def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
         """Record an evaluation, and start the clock anew after it."""
@@ -63,19 +73,27 @@ class Progress:
         if not count:
             return
         windows = [self._closed.popleft() for _ in range(count)]
-        jax.block_until_ready(windows[-1][2])
+        jax.block_until_ready(windows[-1][-1])
         last, now = windows[-1][0], time.perf_counter()
-        rate = (last - self._since[0]) / (now - self._since[1]) if self._since else None
+        rate, share_waited = None, None
+        if self._since:
+            seconds = now - self._since[1]
+            rate = (last - self._since[0]) / seconds
+            share_waited = sum(waited for _, _, waited, _ in windows) / seconds
         self._since = (last, now)
-        for window in windows:
-            self._write(*window, rate)
+        for step, lr, _, window in windows:
+            self._write(step, lr, window, rate, share_waited)
 
-    def _write(self, step: int, lr: float, window: list[tuple[int, Metrics]], steps_per_second: float | None) -> None:
-        by_block: dict[int, list[dict[str, np.ndarray]]] = defaultdict(list)
-        for block, metrics in jax.device_get(window):
-            by_block[block].append(metrics)
+    def _write(
+        self, step: int, lr: float, window: list[Entry], steps_per_second: float | None, share_waited: float | None
+    ) -> None:
+        by_block: dict[int, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+        for blocks, count, metrics in jax.device_get(window):
+            for name, values in metrics.items():
+                for block, of_block in zip(blocks, np.reshape(values, (len(blocks), -1)), strict=True):
+                    by_block[block][name].append(of_block[:count])
         means = {
-            str(block): {name: float(np.mean([m[name] for m in by_block[block]])) for name in by_block[block][0]}
+            str(block): {name: float(np.mean(np.concatenate(values))) for name, values in by_block[block].items()}
             for block in sorted(by_block)
         }
         epoch = step / self._steps_per_epoch
@@ -84,10 +102,9 @@ class Progress:
             images_per_second = steps_per_second * self._images_per_step
             left = _clock((self._total_steps - step) / steps_per_second)
             rate = f"  {images_per_second:.0f} images/s, {left} left"
-        append_json(
-            self._path,
-            {"step": step, "epoch": epoch, "lr": lr, "images_per_second": images_per_second, "blocks": means},
-        )
+            rate += f", {share_waited:.1%} waiting for images" if share_waited else ""
+        line = {"step": step, "epoch": epoch, "lr": lr, "images_per_second": images_per_second}
+        append_json(self._path, {**line, "input_wait": share_waited, "blocks": means})
         blocks = "  ".join(
             f"[{block}] loss {mean['loss']:.4g} ce {mean['ce']:.4f} acc {mean['accuracy']:.3f}"
             for block, mean in means.items()
@@ -97,8 +114,8 @@ class Progress:
             logging.warning("the loss is not finite: try a smaller lr, more num_warmup_steps, or a larger sigma_min")
 
 
-def _is_ready(window: list[tuple[int, Metrics]]) -> bool:
-    return all(value.is_ready() for value in window[-1][1].values())  # pyright: ignore[reportAttributeAccessIssue]
+def _is_ready(window: list[Entry]) -> bool:
+    return all(value.is_ready() for value in window[-1][-1].values())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _clock(seconds: float) -> str:

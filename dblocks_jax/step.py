@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dblocks_jax.augment import augment, normalize
@@ -17,6 +18,7 @@ from dblocks_jax.streams import stream
 
 # (params of each part, images, labels, key, noise range or None) -> (loss, metrics)
 LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
+Log = dict[str, Float[Array, "*blocks k"]]  # the metrics of k steps
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,31 @@ class Augmentation:
     rand_augment: bool
 
 
+class Resident(NamedTuple):
+    """A training set that lives on the device, and which of its images each of the next steps takes."""
+
+    images: UInt8[Array, "n h w c"]
+    labels: Int[Array, " n"]
+    indices: Int[Array, "k b"]
+
+
+class Streamed(NamedTuple):
+    """The batch of one step, brought from the host."""
+
+    images: UInt8[Array, "b h w c"]
+    labels: Int[Array, " b"]
+
+
+class Steps(NamedTuple):
+    """The next `count` steps, all of one block; what is beyond `count` is there to give arrays a fixed shape."""
+
+    count: np.int32 | Int[Array, ""]
+    block: np.int32 | Int[Array, ""]
+    position: np.int32 | Int[Array, ""]  # of the first; the others follow
+    lr: Float[np.ndarray, " k"] | Float[Array, " k"]
+    within: SigmaRange | None  # the block's noise; None for the plain model
+
+
 def make_train_step(
     loss_fn: LossFn,
     *,
@@ -39,12 +66,13 @@ def make_train_step(
     weight_decay: float,
     clip_norm: float,
     accumulate: int,
-) -> Callable[..., tuple[tuple[Part, ...], Metrics]]:
-    """Build the jitted step: (parts, images, labels, step, lr, noise range) -> (parts, metrics).
+) -> Callable[[tuple[Part, ...], Resident | Streamed, Steps], tuple[tuple[Part, ...], Log]]:
+    """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
 
-    `parts` holds only what this step trains and is donated; every other parameter is out of its reach, so it cannot
-    move, decay or count. Images are uint8 [accumulate * b, h, w, c]; the gradient is the mean over micro-batches of b.
-    Parts of equal shapes share one compilation, whichever block they are.
+    `parts` holds only what these steps train and is donated; every other parameter is out of its reach, so it cannot
+    move, decay or count. A batch has accumulate * b images; the gradient is the mean over micro-batches of b. Parts of
+    equal shapes share one compilation, whichever block they are. Random numbers are a function of (seed, block,
+    position), not of how many steps one call makes.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -64,23 +92,32 @@ def make_train_step(
         (loss, metrics), grads = grad_fn(params, normalize(augmented, mean, std), labels, key_loss, within)
         return grads, {"loss": loss, **metrics}
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(
-        parts: tuple[Part, ...],
-        images: UInt8[Array, "n h w c"],
-        labels: Int[Array, " n"],
-        step: Int[Array, ""],
-        lr: Float[Array, ""],
-        within: SigmaRange | None,
-    ) -> tuple[tuple[Part, ...], Metrics]:
+    def one_step(parts: tuple[Part, ...], images, labels, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
-        key = stream(seed, "train", step)
+        key = jax.random.fold_in(stream(seed, "train", steps.position + i), steps.block)
         if accumulate == 1:
-            grads, metrics = gradient(params, images, labels, key, within)
+            grads, metrics = gradient(params, images, labels, key, steps.within)
         else:
-            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, within)
-        updated, norm = adamw(parts, grads, lr=lr, weight_decay=weight_decay, clip_norm=clip_norm)
+            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps.within)
+        updated, norm = adamw(parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm)
         return updated, {**metrics, "grad_norm": norm}
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(parts: tuple[Part, ...], data: Resident | Streamed, steps: Steps) -> tuple[tuple[Part, ...], Log]:
+        if isinstance(data, Streamed):
+            parts, metrics = one_step(parts, data.images, data.labels, steps, 0)
+            return parts, {name: value[None] for name, value in metrics.items()}
+
+        def body(i, carry):
+            parts, log = carry
+            chosen = data.indices[i]
+            parts, metrics = one_step(parts, data.images[chosen], data.labels[chosen], steps, i)
+            return parts, {name: log[name].at[i].set(value) for name, value in metrics.items()}
+
+        shapes = jax.eval_shape(one_step, parts, data.images[data.indices[0]], data.labels[data.indices[0]], steps, 0)
+        log = {name: jnp.zeros(steps.lr.shape, value.dtype) for name, value in shapes[1].items()}
+        # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
+        return jax.lax.fori_loop(0, steps.count, body, (parts, log))
 
     return train_step
 

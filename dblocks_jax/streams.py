@@ -3,16 +3,9 @@
 import zlib
 
 import jax
-import numpy as np
 from jaxtyping import Array, Key
 
 
 def stream(seed: int, name: str, step: int | Array) -> Key[Array, ""]:
     """The key of one named use of randomness at one step. `step` may be traced."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
-
-
-def block_at(seed: int, step: int, num_blocks: int) -> int:
-    """The block that training step `step` trains, drawn uniformly (paper, Algorithm 1). Runs on the host."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=step))
-    return int(generator.integers(num_blocks))

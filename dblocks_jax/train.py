@@ -14,21 +14,24 @@ from dblocks_jax.build import Blueprint, make_classifier, make_objective, new_mo
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.config import (
     architecture,
+    arithmetic,
     check_config,
     check_resumable,
     check_same_data,
     count_steps,
+    curriculum,
     find_dataset,
     schedule,
 )
-from dblocks_jax.data import train_batches
-from dblocks_jax.devices import check_batch_size, make_mesh, replicate, shard_batch
+from dblocks_jax.devices import check_batch_size, make_mesh, replicate
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate
+from dblocks_jax.feed import make_feed
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
-from dblocks_jax.step import Augmentation, make_train_step
+from dblocks_jax.residence import OneAtATime
+from dblocks_jax.step import Augmentation, Steps, make_train_step
 
 
 def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -38,9 +41,14 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
       UserError: config, data or workdir do not fit. Nothing has been compiled or written then, except that a checkpoint
         which cannot be read is found when the start is on record already.
     """
-    # Checks that need no data.
     check_config(config)
-    mesh = make_mesh()
+    with arithmetic(config):
+        return _train(config, workdir, command=command, overrides=overrides)
+
+
+def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
+    # Checks that need no data.
+    mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
     check_batch_size("batch_size", config.batch_size, mesh)
     check_alike("config", config.to_dict())
     saved = run_folder.read_saved(workdir, run_folder.CONFIG)
@@ -53,10 +61,8 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
     with first_process_first("data"):
         dataset = find_dataset(config)
     train_source = dataset.split("train")
-    total_steps, steps_per_epoch = count_steps(config, len(train_source))
+    total_steps, updates, steps_per_epoch = count_steps(config, len(train_source))
     images_per_step = config.batch_size * config.accumulate_grad_batches
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(train_source, batch_size=images_per_step, seed=config.seed, **share)
     val_source, test_source = dataset.split("val"), dataset.split("test")
     card = {"class_names": list(dataset.class_names), "images": len(train_source)}
     saved_card = run_folder.read_saved(workdir, run_folder.DATA)
@@ -67,7 +73,7 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
     # Model, and what a step does to it.
     blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
     parts = replicate({name: new_part(part) for name, part in params.items()}, mesh)
-    loss_fn, curriculum = make_objective(config, blueprint)
+    loss_fn, ranges = make_objective(config, blueprint)
     train_step = make_train_step(
         loss_fn,
         augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
@@ -78,8 +84,9 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         clip_norm=config.clip_norm,
         accumulate=config.accumulate_grad_batches,
     )
+    plan = curriculum(config, total_steps)
+    lr_at = schedule(config, updates)
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
-    lr_at = schedule(config, total_steps)
 
     def scores_of(params, source) -> dict[str, Any]:
         return evaluate(classify, params, source, batch_size=config.eval_batch_size, mesh=mesh)
@@ -91,13 +98,23 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         start = checkpoints.latest() or 0
         check_alike("checkpoints", start)
         if start:
-            parts = checkpoints.restore(start, parts, batches)
+            parts = checkpoints.restore(start, parts)
         run_folder.forget_metrics_after(workdir, start)
         logging.info(
             "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
             workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
             f"resumed at step {start}" if start else "from the start",
         )  # fmt: skip
+        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=config.idle_blocks == "host")
+        del params, parts  # the model has them now
+        feed = make_feed(
+            train_source,
+            image_shape=dataset.image_shape,
+            batch_size=images_per_step,
+            seed=config.seed,
+            most=min(config.steps_per_call, config.log_every_n_steps),
+            mesh=mesh,
+        )
 
         # Steps.
         began = time.perf_counter()
@@ -108,33 +125,45 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
             log_every=config.log_every_n_steps,
             images_per_step=images_per_step,
         )
-        for step in range(start, total_steps):
-            batch = shard_batch(next(batches), mesh)
-            names, block, within = curriculum.at(step)
-            active = tuple(parts.pop(name) for name in names)  # donated: nothing else may hold them
-            lr = lr_at(step)
-            active, metrics = train_step(active, batch["image"], batch["label"], np.int32(step), np.float32(lr), within)
-            parts.update(zip(names, active, strict=True))
-            done = step + 1
-            progress.add(done, block, lr, metrics)
+        save_every = config.save_every_n_epochs * steps_per_epoch
+        step = start
+        while step < total_steps:
+            # As many steps as one call can make: of the same block, up to the next line of the log or checkpoint.
+            stop = min(_next_multiple(step, config.log_every_n_steps), _next_multiple(step, save_every), total_steps)
+            count = plan.run(step, min(feed.most, stop - step))
+            block, position = plan.at(step)
+            lr = [lr_at(plan.rate_step(position + i)) for i in range(count)]
+            metrics = model.train(
+                block,
+                feed.take(position, count),
+                Steps(
+                    count=np.int32(count),
+                    block=np.int32(block),
+                    position=np.int32(position),
+                    lr=np.array(lr + [0.0] * (feed.most - count), np.float32),
+                    within=ranges[block],
+                ),
+            )
+            step += count
+            progress.add(step, (block,), count, lr[-1], metrics, feed.waited)
 
             # Evaluation and checkpoints.
-            if done == total_steps or done % (config.save_every_n_epochs * steps_per_epoch) == 0:
-                progress.flush(done, lr)
+            if step == total_steps or step % save_every == 0:
+                progress.flush(step, lr[-1], feed.waited)
                 scores = None
-                if done < total_steps or val_source is not None:
-                    scores = scores_of({name: part.params for name, part in parts.items()}, watched)
-                    progress.evaluated(done, watched_name, scores)
+                if step < total_steps or val_source is not None:
+                    scores = scores_of(model.params(), watched)
+                    progress.evaluated(step, watched_name, scores)
                 kept = _selection(scores) if val_source is not None else None
-                checkpoints.save(done, parts, batches, {"config": config.to_dict(), "data": card}, kept)
-        jax.block_until_ready(parts)
+                checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card}, kept)
+        jax.block_until_ready(model.parts())
         seconds = time.perf_counter() - began
 
         # The result: the best checkpoint by validation, or the last, on the test split.
         checkpoints.wait()
         chosen = checkpoints.best()
         assert chosen is not None
-        params = checkpoints.restore_params(chosen, {name: part.params for name, part in parts.items()})
+        params = checkpoints.restore_params(chosen, model.params())
         test_scores = scores_of(params, test_source)
         if start < total_steps:
             progress.evaluated(chosen, "test", test_scores)
@@ -148,6 +177,11 @@ def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: d
         "steps_run": total_steps - start,
         "seconds": round(seconds, 2),
     }
+
+
+def _next_multiple(step: int, of: int) -> int:
+    """The first multiple that lies beyond `step`."""
+    return (step // of + 1) * of
 
 
 def _selection(scores: dict[str, Any] | None) -> dict[str, float]:

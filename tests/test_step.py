@@ -15,8 +15,8 @@ from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.models.dblock_vit import make_dblock_vit
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.optimizer import new_part
-from dblocks_jax.step import Augmentation, make_train_step
-from dblocks_jax.streams import block_at, stream
+from dblocks_jax.step import Augmentation, Resident, Steps, Streamed, make_train_step
+from dblocks_jax.streams import stream
 
 ARCH = Architecture(8, 1, 4, 4, 2, 12, 2, 16, 0.0, "mean")
 PLAIN_AUGMENTATION = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
@@ -26,12 +26,12 @@ def setup(model_type: str = "dblock", *, accumulate: int = 1, augmentation=PLAIN
     config = common.get_config()
     config.update(model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12, weighting="none")
     blueprint, params = Blueprint.of(new_model(config, ARCH))
-    loss_fn, curriculum = make_objective(config, blueprint)
+    loss_fn, ranges = make_objective(config, blueprint)
     step = make_train_step(
         loss_fn, augmentation=augmentation, mean=(0.5,), std=(0.25,), seed=3, weight_decay=0.01, clip_norm=1.0,
         accumulate=accumulate,
     )  # fmt: skip
-    return step, {name: new_part(part) for name, part in params.items()}, curriculum
+    return step, {name: new_part(part) for name, part in params.items()}, ranges
 
 
 def batch(count: int):
@@ -41,17 +41,21 @@ def batch(count: int):
 
 def run(step, parts, names, number: int, within, images, labels):
     active = tuple(parts.pop(name) for name in names)
-    active, metrics = step(active, images, labels, np.int32(number), np.float32(1e-2), within)
+    active, metrics = step(active, Streamed(images, labels), one_step(number, within))
     parts.update(zip(names, active, strict=True))
-    return metrics
+    return {name: value[0] for name, value in metrics.items()}
+
+
+def one_step(number: int, within, block: int = 0) -> Steps:
+    return Steps(np.int32(1), np.int32(block), np.int32(number), np.full(1, 1e-2, np.float32), within)
 
 
 def test_one_compilation_for_all_blocks_and_nothing_else_moves():
-    step, parts, curriculum = setup()
+    step, parts, ranges = setup()
     before = jax.device_get(parts)
     images, labels = batch(4)
     for number, block in enumerate([0, 1, 0]):
-        metrics = run(step, parts, ("shared", f"block_{block}"), number, curriculum.ranges[block], images, labels)
+        metrics = run(step, parts, ("shared", f"block_{block}"), number, ranges[block], images, labels)
         assert all(np.isfinite(value) for value in metrics.values())
     assert step._cache_size() == 1
     counts = {name: int(part.adam.count) for name, part in parts.items()}
@@ -60,8 +64,8 @@ def test_one_compilation_for_all_blocks_and_nothing_else_moves():
         pairs = zip(jax.tree.leaves(part.params), jax.tree.leaves(parts[name].params), strict=True)
         assert any(not np.array_equal(*pair) for pair in pairs), name
 
-    step, parts, curriculum = setup()
-    run(step, parts, ("shared", "block_1"), 0, curriculum.ranges[1], images, labels)
+    step, parts, ranges = setup()
+    run(step, parts, ("shared", "block_1"), 0, ranges[1], images, labels)
     for a, b in zip(jax.tree.leaves(before["block_0"]), jax.tree.leaves(parts["block_0"]), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -70,7 +74,7 @@ def test_a_step_may_reuse_the_memory_of_what_it_replaces():
     step, parts, _ = setup("vit")
     part = parts["model"]
     images, labels = batch(4)
-    step((part,), images, labels, np.int32(0), np.float32(1e-2), None)
+    step((part,), Streamed(images, labels), one_step(0, None))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(part.params))
 
 
@@ -94,10 +98,8 @@ def test_the_same_step_draws_the_same_noise_and_another_step_other_noise():
     images, labels = batch(4)
     losses = []
     for number in (5, 5, 6):
-        step, parts, curriculum = setup(augmentation=Augmentation(1, True, False, False))
-        losses.append(
-            float(run(step, parts, ("shared", "block_0"), number, curriculum.ranges[0], images, labels)["grad_norm"])
-        )
+        step, parts, ranges = setup(augmentation=Augmentation(1, True, False, False))
+        losses.append(float(run(step, parts, ("shared", "block_0"), number, ranges[0], images, labels)["grad_norm"]))
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -109,12 +111,40 @@ def test_streams_differ_by_seed_name_and_step():
     assert len(set(draws.values())) == 8
 
 
-def test_blocks_are_drawn_uniformly_and_repeatably():
-    drawn = [block_at(0, step, 3) for step in range(3000)]
-    counts = np.bincount(drawn, minlength=3)  # standard deviation 26
-    assert np.all(np.abs(counts - 1000) < 110)
-    assert drawn == [block_at(0, step, 3) for step in range(3000)]
-    assert drawn != [block_at(1, step, 3) for step in range(3000)]
+@pytest.mark.parametrize("model_type", ["vit", "dblock"])
+def test_many_steps_in_one_call_are_the_same_steps(model_type):
+    """Five steps by calls of five, of one and of three and two: the same metrics and the same bits."""
+    images, labels = batch(6)
+    indices = np.random.default_rng(1).integers(0, 6, (5, 4), np.int32)
+    lr = np.linspace(1e-2, 1e-3, 5, dtype=np.float32)
+    results = []
+    for calls in ([5], [1] * 5, [3, 2]):
+        step, parts, ranges = setup(model_type, augmentation=Augmentation(1, True, False, False))
+        names = ("model",) if model_type == "vit" else ("shared", "block_1")
+        active, log, done = tuple(parts[name] for name in names), [], 0
+        for count in calls:
+            here = slice(done, done + count)
+            padded = np.zeros((5, 4), np.int32), np.zeros(5, np.float32)
+            padded[0][:count], padded[1][:count] = indices[here], lr[here]
+            steps = Steps(np.int32(count), np.int32(0), np.int32(7 + done), padded[1], ranges[-1])
+            active, metrics = step(active, Resident(images, labels, padded[0]), steps)
+            log.append(jax.tree.map(lambda m, count=count: np.asarray(m)[:count], metrics))
+            done += count
+        assert step._cache_size() == 1
+        results.append((jax.device_get(active), jax.tree.map(lambda *ms: np.concatenate(ms), *log)))
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_images_on_the_device_or_brought_there_make_the_same_step():
+    images, labels = batch(6)
+    chosen = np.array([[4, 1, 3, 0]], np.int32)
+    results = []
+    for data in (Resident(images, labels, chosen), Streamed(images[chosen[0]], labels[chosen[0]])):
+        step, parts, ranges = setup(augmentation=Augmentation(1, True, False, False))
+        results.append(jax.device_get(step((parts["shared"], parts["block_0"]), data, one_step(3, ranges[0]))))
+    for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("model_type", ["vit", "dblock"])
@@ -144,9 +174,9 @@ def test_guidance_trains_on_blank_images_at_the_rate_asked_for(monkeypatch):
         config = common.get_config()
         config.update(num_blocks=2, num_layers=2, hidden_size=12, cfg_scale=cfg_scale, class_dropout_prob=0.3)
         blueprint, params = Blueprint.of(new_model(config, ARCH))
-        loss, curriculum = make_objective(config, blueprint)
+        loss, ranges = make_objective(config, blueprint)
         parts = (params["shared"], params["block_0"])
-        loss(parts, images, jnp.zeros(400, jnp.int32), jax.random.key(0), curriculum.ranges[0])
+        loss(parts, images, jnp.zeros(400, jnp.int32), jax.random.key(0), ranges[0])
         blank = (seen[-1] == 0).all(axis=(1, 2, 3))
         assert np.all(blank | (seen[-1] == 1).all(axis=(1, 2, 3)))
         assert abs(blank.mean() - expected) <= 0.08  # 400 draws at 0.3: standard deviation 0.023

@@ -56,10 +56,10 @@ def kill_at(monkeypatch, step: int):
     def make(*args, **kwargs):
         real = build(*args, **kwargs)
 
-        def train_step(parts, images, labels, number, *rest):
-            if number == step:
+        def train_step(parts, data, steps):
+            if steps.position <= step < steps.position + steps.count:
                 raise Killed
-            return real(parts, images, labels, number, *rest)
+            return real(parts, data, steps)
 
         return train_step
 
