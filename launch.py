@@ -1,8 +1,9 @@
-"""Train or evaluate: python launch.py --config=configs/dblock_digits.py [--config.FIELD=VALUE] [--mode=eval]
+"""Train, evaluate, and more: python launch.py --config=configs/dblock_digits.py [--config.FIELD=VALUE] [--mode=eval]
 
 Exit codes: 0 done, 1 a mistake in config, data or workdir (one line says which), 2 a mistake in the flags.
 """
 
+import os
 import sys
 import traceback
 from itertools import pairwise
@@ -17,9 +18,17 @@ from configs import common
 from dblocks_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "train: start or resume a run; eval: score a saved one.")
+MODES = {
+    "train": "start or resume a run",
+    "eval": "score a saved run",
+    "merge": "join blocks that were trained apart",
+    "memory": "what a step needs, without training",
+}
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {text}" for name, text in MODES.items()))
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run [checkpoints/<config><postfix>].")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see the README.")
+PARTS = flags.DEFINE_list("parts", [], "For merge: folders of the runs to join, with commas between.")
+GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval: best, last, or the step of a checkpoint.")
 
 
@@ -41,6 +50,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_complain(f"unexpected argument {rest[1]!r}: flags start with --", code=2))
     if CHECKPOINT.present and MODE.value != "eval":
         sys.exit(_complain("--checkpoint chooses what --mode=eval scores; training goes on from the last", code=2))
+    if PARTS.present != (MODE.value == "merge"):
+        sys.exit(_complain("--mode=merge and --parts=FOLDER,FOLDER,... belong together", code=2))
+    if GIB.present and MODE.value != "memory":
+        sys.exit(_complain("--gib is a question to --mode=memory", code=2))
     differing = set(config) ^ set(common.get_config()) if isinstance(config, ConfigDict) else {"its type"}
     if differing:
         names = ", ".join(sorted(differing))
@@ -69,9 +82,13 @@ def main(argv: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or f"checkpoints/{name}{config.postfix}")
     _log_our_own_lines()
+    _keep_compiled_programs()
+
+    from dblocks_jax.memory import memory_table
 
     from dblocks_jax import processes
     from dblocks_jax.evaluate import evaluate_run
+    from dblocks_jax.merge import merge
     from dblocks_jax.train import train
     from dblocks_jax.workdir import finish
 
@@ -81,6 +98,14 @@ def main(argv: list[str]) -> None:
             logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
         if MODE.value == "eval":
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
+        elif MODE.value == "merge":
+            from dblocks_jax.merge import merge
+
+            result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv)
+        elif MODE.value == "memory":
+            from dblocks_jax.memory import memory_table
+
+            result = memory_table(config, gib=GIB.value)
         else:
             result = train(config, workdir, command=sys.argv, overrides=overrides)
         finish(workdir, result)
@@ -103,6 +128,16 @@ def _log_our_own_lines() -> None:
         )
 
     logging.get_absl_handler().addFilter(is_ours_or_matters)
+
+
+def _keep_compiled_programs() -> None:
+    """A second start need not compile again, unless JAX_COMPILATION_CACHE_DIR is set (to nothing, for no cache)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(home / "dblocks_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _complain(problem: object, code: int) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,15 @@ from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.devices import to_device
 from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
 from dblocks_jax.diffusion.sampler import initial_z, sample
-from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
+from dblocks_jax.models.dblock_vit import DBlockViT, IsolatedDBlockViT, make_dblock_vit, make_isolated_dblock_vit
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.objective import BlockLoss, plain_loss
 from dblocks_jax.optimizer import Params
+from dblocks_jax.step import LossFn
 from dblocks_jax.streams import stream
 
 KARRAS_RHO = 7.0
+Model = ViT | DBlockViT | IsolatedDBlockViT
 
 # (parameters by part, uint8 images, position of each in its split) -> logits after each denoising step
 Classifier = Callable[[dict[str, Params], UInt8[Array, "b h w c"], Int[Array, " b"]], Float[Array, "n b classes"]]
@@ -33,18 +36,21 @@ Classifier = Callable[[dict[str, Params], UInt8[Array, "b h w c"], Int[Array, " 
 class Blueprint:
     """A model without its numbers: the structure of each part. Parameters are kept by part, in nested dicts.
 
-    The plain model has the one part "model"; a DiffusionBlocks model has "shared", "block_0", "block_1", ...
+    The plain model has the one part "model"; a DiffusionBlocks model has "shared", "block_0", "block_1", ..., or, where
+    blocks are isolated, "shared_0", "block_0", "shared_1", "block_1", ...
     """
 
     parts: dict[str, nnx.GraphDef]
 
     @classmethod
-    def of(cls, model: ViT | DBlockViT) -> tuple["Blueprint", dict[str, Params]]:
+    def of(cls, model: Model) -> tuple["Blueprint", dict[str, Params]]:
         """Take a model apart: (structure, parameters by part)."""
         if isinstance(model, ViT):
             modules = {"model": model}
         else:
-            modules = {"shared": model.shared} | {f"block_{b}": block for b, block in enumerate(model.blocks)}
+            isolated = isinstance(model, IsolatedDBlockViT)
+            modules = {f"shared_{b}": s for b, s in enumerate(model.shared)} if isolated else {"shared": model.shared}
+            modules |= {f"block_{b}": block for b, block in enumerate(model.blocks)}
         split = {name: nnx.split(module, nnx.Param) for name, module in modules.items()}
         params = {name: nnx.to_pure_dict(state) for name, (_, state) in split.items()}
         return cls({name: graphdef for name, (graphdef, _) in split.items()}), params
@@ -55,30 +61,34 @@ class Blueprint:
             return ("model",)
         return ("shared" if "shared" in self.parts else f"shared_{block}", f"block_{block}")
 
-    def model(self, params: dict[str, Params]) -> ViT | DBlockViT:
+    def model(self, params: dict[str, Params]) -> Model:
         """Put a model together again."""
         modules = {name: nnx.merge(graphdef, params[name]) for name, graphdef in self.parts.items()}
         if "model" in modules:
             return modules["model"]
-        return DBlockViT(modules["shared"], [modules[f"block_{b}"] for b in range(len(modules) - 1)])
+        blocks = [module for name, module in modules.items() if name.startswith("block_")]
+        if "shared" in modules:
+            return DBlockViT(modules["shared"], blocks)
+        return IsolatedDBlockViT([modules[f"shared_{b}"] for b in range(len(blocks))], blocks)
 
 
-def new_model(config: ConfigDict, arch: Architecture) -> ViT | DBlockViT:
+def new_model(config: ConfigDict, arch: Architecture) -> Model:
     """A freshly initialised model, a function of (config, seed) alone."""
     rngs = nnx.Rngs(stream(config.seed, "init", 0))
     if config.model_type == "vit":
         return ViT(arch, rngs=rngs)
-    return make_dblock_vit(arch, config.num_blocks, rngs=rngs)
+    make = make_isolated_dblock_vit if config.sharing == "isolated" else make_dblock_vit
+    return make(arch, config.num_blocks, rngs=rngs)
 
 
-def make_objective(config: ConfigDict, blueprint: Blueprint):
+def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, list[Any]]:
     """(loss of a training step, the noise range of each block; the plain model is one block without noise)."""
     if config.model_type == "vit":
         return partial(plain_loss, graphdef=blueprint.parts["model"]), [None]
     noise = noise_distribution(config)
     ranges = training_ranges(noise, block_edges(noise, config.num_blocks), config.gamma)
     loss = BlockLoss(
-        shared=blueprint.parts["shared"],
+        shared=blueprint.parts[blueprint.names(0)[0]],
         block=blueprint.parts["block_0"],
         hidden_size=config.hidden_size,
         p_mean=config.p_mean,
@@ -87,7 +97,7 @@ def make_objective(config: ConfigDict, blueprint: Blueprint):
         weighting=config.weighting,
         image_dropout=image_dropout(config),
     )
-    return loss, ranges
+    return loss, list(ranges)
 
 
 def make_classifier(
@@ -110,6 +120,7 @@ def make_classifier(
     rho = KARRAS_RHO if config.sampler_spacing == "karras" else None
     sigmas = inference_sigmas(noise, num_inference_steps(config), rho=rho)
     blocks = blocks_of_sigmas(block_edges(noise, config.num_blocks), sigmas)
+    shared_graphdef = blueprint.parts[blueprint.names(0)[0]]
 
     @jax.jit
     def start(images, positions):
@@ -118,21 +129,23 @@ def make_classifier(
         return normalize(images, mean, std), initial_z(unit_noise, sigmas[0], config.init_noise_scale)
 
     @jax.jit
-    def step(shared, block, images, z, sigma, sigma_next):
+    def step(shared, block, images, z, sigma, sigma_next, labels_next):
         return denoise_step(
-            nnx.merge(blueprint.parts["shared"], shared), nnx.merge(blueprint.parts["block_0"], block),
+            nnx.merge(shared_graphdef, shared), nnx.merge(blueprint.parts["block_0"], block),
             images, z, sigma, sigma_next,
-            sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table,
+            sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table, labels_next=labels_next,
         )  # fmt: skip
 
     def classify(params, images, positions):
         images, z = start(images, positions)
 
-        def block_step(block: int, z: Array, sigma: np.float32, sigma_next: np.float32):
-            shared, own = (to_device(params[name]) for name in blueprint.names(block))
-            return step(shared, own, images, z, sigma, sigma_next)
+        def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):
+            shared, block = (to_device(params[name]) for name in blueprint.names(blocks[index]))
+            name_next = blueprint.names([*blocks, blocks[-1]][index + 1])[0]
+            labels_next = None if name_next == "shared" else to_device(params[name_next]["labels"])
+            return step(shared, block, images, z, sigma, sigma_next, labels_next)
 
-        return sample(block_step, z, sigmas, blocks)[0]
+        return sample(visit, z, sigmas, range(len(sigmas)))[0]
 
     return classify
 

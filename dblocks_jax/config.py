@@ -113,6 +113,10 @@ def _check_diffusion(config: ConfigDict) -> None:
 
 
 def _check_blocks(config: ConfigDict) -> None:
+    if config.block_parallel and config.block_schedule != "random":
+        raise UserError(
+            f"block_parallel trains all blocks at once: block_schedule={config.block_schedule} has no meaning"
+        )
     chosen = config.train_blocks
     if list(chosen) != sorted(set(chosen)) or not all(
         type(block) is int and 0 <= block < config.num_blocks for block in chosen

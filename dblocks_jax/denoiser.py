@@ -41,19 +41,27 @@ def denoise_step(
     sigma_data: float,
     cfg_scale: float,
     table: Table,
+    labels_next: Float[Array, "classes d"] | None = None,
 ) -> tuple[Float[Array, "b classes"], Float[Array, "b d"]]:
     """One step of the sampler: (logits at sigma, z at sigma_next).
 
     The denoised estimate is the mean label embedding under the predicted probabilities, over the table as it is
     ("raw", the released code) or with unit rows as in training ("normalized", the paper's text). With cfg_scale > 0
     the logits are guided away from those of an all-zero image.
+
+    Where the next step's block has label embeddings of its own, `labels_next`, the estimate is carried over to them,
+    and the noise stays what it is.
     """
     sigmas = jnp.full(z.shape[:1], sigma)
     logits = denoise(shared, block, images, z, sigmas, sigma_data=sigma_data)
     if cfg_scale > 0:
         blank = jnp.zeros_like(images)
         logits = guide(logits, denoise(shared, block, blank, z, sigmas, sigma_data=sigma_data), cfg_scale)
-    labels = shared.labels[...]
-    embeddings = normalize_rows(labels) if table == "normalized" else labels
-    denoised = jax.nn.softmax(logits) @ embeddings
-    return logits, euler_step(z, denoised, sigma, sigma_next)
+    probs = jax.nn.softmax(logits)
+    denoised = probs @ _table(shared.labels[...], table)
+    z = euler_step(z, denoised, sigma, sigma_next)
+    return logits, z if labels_next is None else z + (probs @ _table(labels_next, table) - denoised)
+
+
+def _table(labels: Float[Array, "classes d"], table: Table) -> Float[Array, "classes d"]:
+    return normalize_rows(labels) if table == "normalized" else labels

@@ -1,5 +1,7 @@
 """Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,10 +29,37 @@ def make_mesh(groups: int = 1) -> Mesh:
     return Mesh(np.array(devices).reshape(-1, groups), (DATA, BLOCK), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of every array on every device. Each process brings the same values."""
+def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:
+    """A copy of every array on every device, or in "pinned_host" memory. Each process brings the same values."""
     # Not `device_put`: with several processes it compares the values of each array over the network.
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), tree)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(), memory_kind=memory), tree)
+
+
+def stack_over_blocks(trees: Sequence[Any], mesh: Mesh) -> Any:
+    """Trees of equal shapes, one for each block, as one whose arrays are split by block: [blocks, ...]."""
+    sharding = NamedSharding(mesh, PartitionSpec(BLOCK))
+
+    def stack(*leaves: Any) -> jax.Array:
+        on_host = [np.asarray(leaf) for leaf in leaves]
+
+        def part(index: Any) -> np.ndarray:
+            return np.stack(on_host[index[0]])
+
+        return jax.make_array_from_callback((len(leaves), *on_host[0].shape), sharding, part)
+
+    return jax.tree.map(stack, *trees)
+
+
+def unstack(tree: Any, mesh: Mesh) -> list[Any]:
+    """The inverse of `stack_over_blocks`, in host memory."""
+
+    def fetch(block: int, leaf: jax.Array) -> np.ndarray:
+        # Every process has a device of every block.
+        mine = next(shard for shard in leaf.addressable_shards if shard.index[0].indices(mesh.shape[BLOCK])[0] == block)
+        return np.asarray(mine.data).reshape(leaf.shape[1:])
+
+    on_host = [jax.tree.map(partial(fetch, block), tree) for block in range(mesh.shape[BLOCK])]
+    return [replicate(part, mesh, "pinned_host") for part in on_host]
 
 
 def shard(tree: Any, mesh: Mesh, axis: int = 0) -> Any:

@@ -37,17 +37,20 @@ def adamw(
     lr: Float[Array, ""],
     weight_decay: float,
     clip_norm: float,
+    combine: Callable[[tuple[Params, ...]], tuple[Params, ...]] = lambda grads: grads,
 ) -> tuple[tuple[Part, ...], Float[Array, ""]]:
     """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
 
-    Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p).
+    Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). `combine` is applied to the clipped
+    gradients: where others train at the same time, their gradients of common parts come in here.
     """
     norm = optax.tree.norm(grads)
     # The tiny constant is PyTorch's, so that clipped runs match the reference to the last digits.
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
+    clipped = combine(jax.tree.map(lambda g: g * scale, grads))
     updated = []
-    for part, grad in zip(parts, grads, strict=True):
-        direction, adam = ADAM.update(jax.tree.map(lambda g: g * scale, grad), part.adam)
+    for part, grad in zip(parts, clipped, strict=True):
+        direction, adam = ADAM.update(grad, part.adam)
         assert isinstance(adam, optax.ScaleByAdamState)
         params = jax.tree.map(lambda p, d: p - lr * (d + weight_decay * p), part.params, direction)
         updated.append(Part(params, adam))

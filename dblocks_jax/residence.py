@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from dblocks_jax.devices import to_device, to_host
+from dblocks_jax.devices import replicate, stack_over_blocks, to_device, to_host, unstack
 from dblocks_jax.optimizer import Part
-from dblocks_jax.step import Log, Resident, Steps, Streamed
-
-TrainStep = Callable[[tuple[Part, ...], Resident | Streamed, Steps], tuple[tuple[Part, ...], Log]]
+from dblocks_jax.step import Log, Resident, Steps, Streamed, TrainStep
 
 
 class OneAtATime:
@@ -46,3 +45,36 @@ class OneAtATime:
     def params(self) -> dict[str, Any]:
         """Every part's parameters."""
         return {name: part.params for name, part in self._parts.items()}
+
+
+class SideBySide:
+    """Trains all blocks at once, each on its own group of devices, which holds no other block."""
+
+    def __init__(self, step: TrainStep, parts: dict[str, Part], names: Callable[[int], tuple[str, ...]], mesh: Mesh):
+        """`parts` as in `OneAtATime`, on the host; `step` is a parallel one."""
+        self._step = step
+        self._mesh = mesh
+        count = mesh.shape["block"]
+        self._names = [names(block) for block in range(count)]
+        self._isolated = len({first for first, _ in self._names}) == count
+        firsts, blocks = zip(*([parts[name] for name in pair] for pair in self._names), strict=True)
+        first = stack_over_blocks(firsts, mesh) if self._isolated else replicate(jax.device_get(firsts[0]), mesh)
+        self._active = (first, stack_over_blocks(blocks, mesh))
+
+    def train(self, data: Resident | Streamed, steps: Steps) -> Log:
+        """Make `steps` of all blocks and return their metrics, each [blocks, k]; does not wait for them."""
+        self._active, metrics = self._step(self._active, data, steps)
+        return metrics
+
+    def parts(self) -> dict[str, Part]:
+        """Every part, copied to the host, for evaluation and checkpoints."""
+        first, blocks = self._active
+        of_blocks = zip(self._names, unstack(blocks, self._mesh), strict=True)
+        parts = {names[1]: block for names, block in of_blocks}
+        if self._isolated:
+            return parts | {names[0]: part for names, part in zip(self._names, unstack(first, self._mesh), strict=True)}
+        return {self._names[0][0]: first} | parts
+
+    def params(self) -> dict[str, Any]:
+        """Every part's parameters, copied to the host."""
+        return {name: part.params for name, part in self.parts().items()}

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dblocks_jax.augment import augment, normalize
+from dblocks_jax.devices import BLOCK
 from dblocks_jax.diffusion.noise import SigmaRange
 from dblocks_jax.objective import Metrics
 from dblocks_jax.optimizer import Params, Part, adamw
@@ -50,10 +51,14 @@ class Steps(NamedTuple):
     """The next `count` steps, all of one block; what is beyond `count` is there to give arrays a fixed shape."""
 
     count: np.int32 | Int[Array, ""]
-    block: np.int32 | Int[Array, ""]
+    block: np.int32 | Int[np.ndarray, "*blocks"] | Int[Array, "*blocks"]
     position: np.int32 | Int[Array, ""]  # of the first; the others follow
     lr: Float[np.ndarray, " k"] | Float[Array, " k"]
     within: SigmaRange | None  # the block's noise; None for the plain model
+
+
+# (parts, data, steps) -> (parts, metrics of each step)
+TrainStep = Callable[[tuple[Part, ...], Resident | Streamed, Steps], tuple[tuple[Part, ...], Log]]
 
 
 def make_train_step(
@@ -66,15 +71,19 @@ def make_train_step(
     weight_decay: float,
     clip_norm: float,
     accumulate: int,
-) -> Callable[[tuple[Part, ...], Resident | Streamed, Steps], tuple[tuple[Part, ...], Log]]:
+    parallel: "Parallel | None" = None,
+) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
 
     `parts` holds only what these steps train and is donated; every other parameter is out of its reach, so it cannot
     move, decay or count. A batch has accumulate * b images; the gradient is the mean over micro-batches of b. Parts of
     equal shapes share one compilation, whichever block they are. Random numbers are a function of (seed, block,
     position), not of how many steps one call makes.
+
+    With `parallel` one call trains all blocks, each on its own devices: see `Parallel`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    combine = (lambda grads: grads) if parallel is None else parallel.combine
 
     def gradient(
         params: tuple[Params, ...],
@@ -99,11 +108,12 @@ def make_train_step(
             grads, metrics = gradient(params, images, labels, key, steps.within)
         else:
             grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps.within)
-        updated, norm = adamw(parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm)
+        updated, norm = adamw(
+            parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm, combine=combine
+        )
         return updated, {**metrics, "grad_norm": norm}
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(parts: tuple[Part, ...], data: Resident | Streamed, steps: Steps) -> tuple[tuple[Part, ...], Log]:
+    def train_steps(parts: tuple[Part, ...], data: Resident | Streamed, steps: Steps) -> tuple[tuple[Part, ...], Log]:
         if isinstance(data, Streamed):
             parts, metrics = one_step(parts, data.images, data.labels, steps, 0)
             return parts, {name: value[None] for name, value in metrics.items()}
@@ -119,7 +129,53 @@ def make_train_step(
         # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
         return jax.lax.fori_loop(0, steps.count, body, (parts, log))
 
-    return train_step
+    return jax.jit(train_steps if parallel is None else parallel.spread(train_steps), donate_argnums=0)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Blocks trained at the same time, along the mesh's axis "block".
+
+    `Part`s of blocks, `Steps.block`, `Steps.within` and metrics then have a leading axis for the blocks. Common parts,
+    the first of the parts unless `isolated`, are updated with the mean of the blocks' gradients, each of them clipped:
+    all that blocks tell each other. Isolated ones tell each other nothing.
+    """
+
+    mesh: Mesh
+    isolated: bool
+
+    def combine(self, grads: tuple[Params, ...]) -> tuple[Params, ...]:
+        """The gradients that all blocks agree on."""
+        return grads if self.isolated else (jax.lax.pmean(grads[0], BLOCK), *grads[1:])
+
+    def spread(self, train_steps: TrainStep) -> TrainStep:
+        """`train_steps` of one block, made to run for each block on the devices that hold it."""
+        by_block: Any = PartitionSpec(BLOCK)
+        common: Any = PartitionSpec()
+        parts_spec = (by_block if self.isolated else common, by_block)
+        steps_spec = Steps(count=common, block=by_block, position=common, lr=common, within=by_block)
+
+        def on_one_group(parts, data, steps):
+            of_one = tuple(
+                jax.tree.map(lambda leaf: leaf[0], part) if spec == by_block else part
+                for part, spec in zip(parts, parts_spec, strict=True)
+            )
+            block, within = jax.tree.map(lambda leaf: leaf[0], (steps.block, steps.within))
+            of_one, log = train_steps(of_one, data, steps._replace(block=block, within=within))
+            parts = tuple(
+                jax.tree.map(lambda leaf: leaf[None], part) if spec == by_block else part
+                for part, spec in zip(of_one, parts_spec, strict=True)
+            )
+            return parts, jax.tree.map(lambda leaf: leaf[None], log)
+
+        return jax.shard_map(
+            on_one_group,
+            mesh=self.mesh,
+            in_specs=(parts_spec, common, steps_spec),
+            out_specs=(parts_spec, by_block),
+            axis_names={BLOCK},  # "data" is left to the compiler, as without blocks in parallel
+            check_vma=False,
+        )
 
 
 def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, key, within):

@@ -22,16 +22,18 @@ from dblocks_jax.config import (
     curriculum,
     find_dataset,
     schedule,
+    trained_blocks,
 )
 from dblocks_jax.devices import check_batch_size, make_mesh, replicate
+from dblocks_jax.diffusion.noise import stack_ranges
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate
 from dblocks_jax.feed import make_feed
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
-from dblocks_jax.residence import OneAtATime
-from dblocks_jax.step import Augmentation, Steps, make_train_step
+from dblocks_jax.residence import OneAtATime, SideBySide
+from dblocks_jax.step import Augmentation, Parallel, Steps, make_train_step
 
 
 def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -71,8 +73,13 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
     watched, watched_name = (val_source, "val") if val_source is not None else (test_source, "test")
 
     # Model, and what a step does to it.
-    blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
-    parts = replicate({name: new_part(part) for name, part in params.items()}, mesh)
+    blocks = trained_blocks(config)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the whole model may not fit on a device
+        blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
+        mine = sorted({name for block in blocks for name in blueprint.names(block)})
+        parts = jax.device_get({name: new_part(params[name]) for name in mine})
+    on_host = config.idle_blocks == "host" or config.block_parallel
+    parts = replicate(parts, mesh, "pinned_host" if on_host else "device")
     loss_fn, ranges = make_objective(config, blueprint)
     train_step = make_train_step(
         loss_fn,
@@ -83,10 +90,14 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate_grad_batches,
+        parallel=Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None,
     )
     plan = curriculum(config, total_steps)
     lr_at = schedule(config, updates)
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
+
+    # Some blocks alone cannot classify: a run of theirs is merged with the others' before it is scored.
+    whole = config.model_type == "vit" or len(blocks) == config.num_blocks
 
     def scores_of(params, source) -> dict[str, Any]:
         return evaluate(classify, params, source, batch_size=config.eval_batch_size, mesh=mesh)
@@ -94,7 +105,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
     # Resume, or start.
     with first_process_first("workdir"):
         run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
-    with Checkpoints(workdir, save_top_k=config.save_top_k if val_source is not None else 0) as checkpoints:
+    with Checkpoints(workdir, save_top_k=config.save_top_k if whole and val_source is not None else 0) as checkpoints:
         start = checkpoints.latest() or 0
         check_alike("checkpoints", start)
         if start:
@@ -105,7 +116,10 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
             workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
             f"resumed at step {start}" if start else "from the start",
         )  # fmt: skip
-        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=config.idle_blocks == "host")
+        if config.block_parallel:
+            model = SideBySide(train_step, parts, blueprint.names, mesh)
+        else:
+            model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=config.idle_blocks == "host")
         del params, parts  # the model has them now
         feed = make_feed(
             train_source,
@@ -123,7 +137,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             log_every=config.log_every_n_steps,
-            images_per_step=images_per_step,
+            images_per_step=images_per_step * (len(blocks) if config.block_parallel else 1),
         )
         save_every = config.save_every_n_epochs * steps_per_epoch
         step = start
@@ -133,28 +147,30 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
             count = plan.run(step, min(feed.most, stop - step))
             block, position = plan.at(step)
             lr = [lr_at(plan.rate_step(position + i)) for i in range(count)]
-            metrics = model.train(
-                block,
-                feed.take(position, count),
-                Steps(
-                    count=np.int32(count),
-                    block=np.int32(block),
-                    position=np.int32(position),
-                    lr=np.array(lr + [0.0] * (feed.most - count), np.float32),
-                    within=ranges[block],
-                ),
+            data = feed.take(position, count)
+            steps = Steps(
+                count=np.int32(count),
+                block=np.int32(block),
+                position=np.int32(position),
+                lr=np.array(lr + [0.0] * (feed.most - count), np.float32),
+                within=ranges[block],
             )
+            if isinstance(model, SideBySide):
+                steps = steps._replace(block=np.arange(len(blocks), dtype=np.int32), within=stack_ranges(ranges))
+                metrics, trained = model.train(data, steps), blocks
+            else:
+                metrics, trained = model.train(block, data, steps), (block,)
             step += count
-            progress.add(step, (block,), count, lr[-1], metrics, feed.waited)
+            progress.add(step, trained, count, lr[-1], metrics, feed.waited)
 
             # Evaluation and checkpoints.
             if step == total_steps or step % save_every == 0:
                 progress.flush(step, lr[-1], feed.waited)
                 scores = None
-                if step < total_steps or val_source is not None:
+                if whole and (step < total_steps or val_source is not None):
                     scores = scores_of(model.params(), watched)
                     progress.evaluated(step, watched_name, scores)
-                kept = _selection(scores) if val_source is not None else None
+                kept = _selection(scores) if whole and val_source is not None else None
                 checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card}, kept)
         jax.block_until_ready(model.parts())
         seconds = time.perf_counter() - began
@@ -163,20 +179,17 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
         checkpoints.wait()
         chosen = checkpoints.best()
         assert chosen is not None
-        params = checkpoints.restore_params(chosen, model.params())
-        test_scores = scores_of(params, test_source)
-        if start < total_steps:
-            progress.evaluated(chosen, "test", test_scores)
-    return {
-        "mode": "train",
-        "workdir": str(workdir),
-        "step": total_steps,
-        "checkpoint": chosen,
-        "split": "test",
-        **test_scores,
-        "steps_run": total_steps - start,
-        "seconds": round(seconds, 2),
-    }
+        result = {"mode": "train", "workdir": str(workdir), "step": total_steps, "checkpoint": chosen}
+        if whole:
+            params = checkpoints.restore_params(chosen, model.params())
+            test_scores = scores_of(params, test_source)
+            if start < total_steps:
+                progress.evaluated(chosen, "test", test_scores)
+            result |= {"split": "test", **test_scores}
+        else:
+            logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
+            result |= {"blocks": list(blocks)}
+    return result | {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
 
 
 def _next_multiple(step: int, of: int) -> int:

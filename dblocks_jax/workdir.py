@@ -148,6 +148,7 @@ def finish(workdir: Path, result: dict[str, Any]) -> None:
     print(json.dumps(_finite(result), allow_nan=False), flush=True)
     path = workdir / f"{result['mode']}.json"
     try:
+        workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:
         raise UserError(f"the result is printed, but cannot be written to {path}: {error.strerror}") from None

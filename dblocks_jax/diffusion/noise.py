@@ -73,11 +73,11 @@ def inference_sigmas(noise: NoiseDistribution, num_steps: int, *, rho: float | N
     return sigmas.astype(np.float32).astype(np.float64)
 
 
-Scalar = np.float32 | Float[Array, ""]
+Scalar = np.float32 | Float[np.ndarray, "*blocks"] | Float[Array, "*blocks"]
 
 
 class SigmaRange(NamedTuple):
-    """One block's training interval, ready for the device: every field a float32 scalar."""
+    """A training interval, ready for the device: every field a float32 scalar, or [blocks] for several blocks."""
 
     low: Scalar
     high: Scalar
@@ -97,6 +97,11 @@ def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: flo
     high = min(high * math.exp(margin), noise.sigma_max)
     below, above = ndtr(noise.standardize(low)), ndtr(-noise.standardize(high))
     return SigmaRange(*(np.float32(value) for value in (low, high, below, above, 1.0 - below - above)))
+
+
+def stack_ranges(ranges: Sequence[SigmaRange]) -> SigmaRange:
+    """Several blocks' intervals as one, each field float32 [blocks]."""
+    return SigmaRange(*(np.array(field, np.float32) for field in zip(*ranges, strict=True)))
 
 
 def sample_sigma(

@@ -37,8 +37,9 @@ def sample(
 ) -> tuple[Float[Array, "n b c"], Float[Array, "n b d"]]:
     """Run the sampler: n levels make n network calls and n - 1 moves; the last logits are the answer.
 
-    Returns the logits of every step and the z that each step saw. `step` may be jitted: it is called from Python with
-    one block at a time, so that only that block need be on the device; under an outer jit the loop unrolls.
+    Returns the logits of every step and the z that each step saw. `blocks` holds what `step` is given first. `step` may
+    be jitted: it is called from Python with one block at a time, so that only that block need be on the device; under
+    an outer jit the loop unrolls.
     """
     all_logits, trajectory = [], []
     levels = sigmas.astype(np.float32)

@@ -1,5 +1,6 @@
 """The noise-conditioned vision transformer: blocks that each run alone, and the parts that all blocks share."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -88,6 +89,14 @@ class DBlockViT:
     blocks: list[Block]
 
 
+@dataclass
+class IsolatedDBlockViT:
+    """A whole model whose blocks share nothing: block b has embeddings and a head of its own, shared[b]."""
+
+    shared: list[Shared]
+    blocks: list[Block]
+
+
 def make_dblock_vit(arch: Architecture, num_blocks: int, *, rngs: nnx.Rngs) -> DBlockViT:
     """A freshly initialised model; `num_layers` must be a multiple of `num_blocks`."""
     layers_per_block = arch.num_layers // num_blocks
@@ -95,3 +104,10 @@ def make_dblock_vit(arch: Architecture, num_blocks: int, *, rngs: nnx.Rngs) -> D
         shared=Shared(arch, rngs=rngs),
         blocks=[make_block(arch, layers_per_block, conditioned=True, rngs=rngs) for _ in range(num_blocks)],
     )
+
+
+def make_isolated_dblock_vit(arch: Architecture, num_blocks: int, *, rngs: nnx.Rngs) -> IsolatedDBlockViT:
+    """A freshly initialised model of isolated blocks."""
+    arch = dataclasses.replace(arch, num_layers=arch.num_layers // num_blocks)
+    each = [make_dblock_vit(arch, 1, rngs=rngs) for _ in range(num_blocks)]
+    return IsolatedDBlockViT([model.shared for model in each], [model.blocks[0] for model in each])

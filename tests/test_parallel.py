@@ -1,0 +1,278 @@
+"""Blocks side by side, apart, and joined. What needs several devices runs in a process that simulates six."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import dblock_digits
+from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.checkpoint import Checkpoints
+from dblocks_jax.config import trained_blocks
+from dblocks_jax.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
+from dblocks_jax.diffusion.noise import stack_ranges
+from dblocks_jax.errors import UserError
+from dblocks_jax.evaluate import evaluate_run
+from dblocks_jax.merge import merge
+from dblocks_jax.models.vit import Architecture
+from dblocks_jax.optimizer import adamw, new_part
+from dblocks_jax.step import Augmentation, Parallel, Steps, Streamed, make_train_step
+from dblocks_jax.train import train
+
+DEVICES, BLOCKS = 6, 3
+several = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the process that simulates six devices")
+TINY = {
+    "num_layers": 3, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": BLOCKS,
+    "batch_size": 600, "num_epochs": 1, "save_every_n_epochs": 1, "log_every_n_steps": 1, "num_warmup_steps": 2,
+    "scheduler_type": "cosine", "sharing": "isolated",
+}  # fmt: skip
+ARCH = Architecture(8, 1, 4, 4, BLOCKS, 12, 2, 16, 0.1, "mean")
+
+
+def tiny(**changes):
+    config = dblock_digits.get_config()
+    config.update(TINY | changes)
+    return config
+
+
+def run(config, workdir: Path) -> dict:
+    return train(config, workdir, command=["launch.py"], overrides={})
+
+
+def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Parameters and moments of a checkpoint, by path."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        trees = {
+            item: checkpointer.restore(workdir.absolute() / "state" / str(step) / item) for item in ("params", "adam")
+        }
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+def test_several_devices():
+    """Run the tests below that need them."""
+    flags = "--xla_force_host_platform_device_count=6"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "on_several"], check=False, capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parents[1], timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout and "passed" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory) -> list[Path]:
+    """Each block trained by a run of its own."""
+    root = tmp_path_factory.mktemp("apart")
+    for block in range(BLOCKS):
+        result = run(tiny(train_blocks=(block,)), root / str(block))
+        assert result["blocks"] == [block] and "top1" not in result
+    return [root / str(block) for block in range(BLOCKS)]
+
+
+def test_blocks_trained_apart_and_merged_are_those_trained_together(apart, tmp_path):
+    """Bit for bit, in every parameter and moment; and the merged run evaluates."""
+    together = run(tiny(block_schedule="sequential"), tmp_path / "together")
+    assert together["step"] == BLOCKS * 2
+    merged = merge(apart, tmp_path / "merged", command=[])
+    assert merged["checkpoint"] == together["step"]
+    expected, found = (state_of(tmp_path / name, together["step"]) for name in ("together", "merged"))
+    assert expected.keys() == found.keys() and len(found) > 100
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+    scored = evaluate_run(dblock_digits.get_config(), tmp_path / "merged", overrides={}, checkpoint="best")
+    assert scored["cross_entropy"] == pytest.approx(together["cross_entropy"], rel=1e-6)
+    assert scored["accuracy_by_step"] == together["accuracy_by_step"]
+
+
+def test_blocks_resting_on_the_host_end_in_the_same_bits(tmp_path):
+    for where in ("device", "host"):
+        run(tiny(sharing="shared", block_schedule="chunked", chunk_steps=1, idle_blocks=where), tmp_path / where)
+    expected, found = (state_of(tmp_path / where, 6) for where in ("device", "host"))
+    for path, value in expected.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+def test_parts_that_do_not_make_a_model_are_refused_by_name(apart, tmp_path):
+    def refused(parts, match):
+        with pytest.raises(UserError, match=match):
+            merge(parts, tmp_path / "merged", command=[])
+        assert not (tmp_path / "merged").exists()
+
+    refused(apart[:2], "nobody trained block 2 of 3")
+    again = tmp_path / "again"
+    run(tiny(train_blocks=(1,)), again)
+    refused([*apart, again], f"block 1 is double: both {apart[1]} and {again}")
+    foreign = tmp_path / "foreign"
+    run(tiny(train_blocks=(2,), lr=0.5), foreign)
+    refused([*apart[:2], foreign], f"{foreign} is of another model than {apart[0]}: lr is 0.5, not 0.003")
+    refused([*apart[:2], tmp_path / "nothing"], "nothing holds no run")
+    short = tmp_path / "short"
+    run(tiny(train_blocks=(2,)), short)
+    os.rename(short / "state" / "2", short / "state" / "1")
+    refused([*apart[:2], short], f"{short} is not finished: it stands at step 1 of 2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_blocks": (3,)}, "below num_blocks=3"),
+        ({"train_blocks": (1, 1)}, "ascending"),
+        ({"train_blocks": (1,), "sharing": "shared"}, "train_blocks needs sharing=isolated"),
+        ({"train_blocks": (1,), "block_parallel": True}, "exclude each other"),
+        ({"block_parallel": True, "block_schedule": "chunked"}, "leave out block_schedule"),
+        ({"block_parallel": True, "num_blocks": 1 + DEVICES, "num_layers": 1 + DEVICES}, "multiple of num_blocks=7"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        run(tiny(**changes), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
+    """With the same embeddings nothing changes; with others z moves by the difference of the estimates."""
+    from flax import nnx
+
+    from dblocks_jax.denoiser import denoise_step
+    from dblocks_jax.models.dblock_vit import make_isolated_dblock_vit
+
+    model = make_isolated_dblock_vit(ARCH, BLOCKS, rngs=nnx.Rngs(0))
+    first, following = model.shared[:2]
+    assert not np.array_equal(first.labels[...], following.labels[...])
+
+    def step(labels_next):
+        return denoise_step(
+            first, model.blocks[0], np.ones((2, 8, 8, 1), np.float32), jax.random.normal(key, (2, 12)),
+            np.float32(8), np.float32(2), sigma_data=0.5, cfg_scale=0.0, table="raw", labels_next=labels_next,
+        )  # fmt: skip
+
+    logits, z = step(None)
+    np.testing.assert_allclose(step(first.labels[...])[1], z, atol=1e-6)
+    moved = step(following.labels[...])[1] - z
+    probs = jax.nn.softmax(logits)
+    np.testing.assert_allclose(moved, probs @ (following.labels[...] - first.labels[...]), atol=1e-6)
+
+
+def build(sharing: str, parallel: bool, mesh):
+    """(step, parts on the host, noise ranges, blueprint) of the tiny architecture."""
+    config = tiny(sharing=sharing)
+    blueprint, params = Blueprint.of(new_model(config, ARCH))
+    loss, ranges = make_objective(config, blueprint)
+    step = make_train_step(
+        loss, augmentation=Augmentation(1, False, False, False), mean=(0.5,), std=(0.25,), seed=0, weight_decay=0.01,
+        clip_norm=1.0, accumulate=1, parallel=Parallel(mesh, sharing == "isolated") if parallel else None,
+    )  # fmt: skip
+    return step, jax.device_get({name: new_part(part) for name, part in params.items()}), ranges, blueprint
+
+
+def stacked(parts, blueprint, sharing: str, mesh):
+    pairs = [blueprint.names(block) for block in range(BLOCKS)]
+    blocks = stack_over_blocks([parts[name] for _, name in pairs], mesh)
+    if sharing == "isolated":
+        return stack_over_blocks([parts[name] for name, _ in pairs], mesh), blocks
+    return replicate(parts["shared"], mesh), blocks
+
+
+def batch_on(mesh) -> Streamed:
+    rng = np.random.default_rng(0)
+    return shard(Streamed(rng.integers(0, 256, (8, 8, 8, 1), np.uint8), rng.integers(0, 4, 8, np.int32)), mesh)
+
+
+def steps_of(block, within, position: int = 0) -> Steps:
+    return Steps(np.int32(1), block, np.int32(position), np.full(1, 1e-2, np.float32), within)
+
+
+ALL = np.arange(BLOCKS, dtype=np.int32)
+
+
+@several
+def test_isolated_blocks_side_by_side_are_those_in_turn_on_several():
+    """One block to a device, without a word between them: bit for bit what each block does alone."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:BLOCKS]).reshape(1, BLOCKS), ("data", BLOCK))
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
+    together, parts, ranges, blueprint = build("isolated", True, mesh)
+    active = stacked(parts, blueprint, "isolated", mesh)
+    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges))).compile().as_text()
+    assert compiled is not None and collectives(compiled) == set()
+    for position in range(2):
+        active, log = together(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges), position))
+    assert log["loss"].shape == (BLOCKS, 1)
+
+    one_by_one, *_ = build("isolated", False, alone)
+    for block in range(BLOCKS):
+        own = replicate(tuple(parts[name] for name in blueprint.names(block)), alone)
+        for position in range(2):
+            own, own_log = one_by_one(own, batch_on(alone), steps_of(np.int32(block), ranges[block], position))
+        np.testing.assert_allclose(log["loss"][block], own_log["loss"], rtol=1e-5)
+        ours = tuple(unstack(part, mesh)[block] for part in active)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@several
+def test_blocks_that_share_say_only_that_on_several():
+    """The shared part moves by the mean of the blocks' clipped gradients; the blocks as they would alone."""
+    mesh = make_mesh(BLOCKS)  # two devices to a block
+    assert dict(mesh.shape) == {"data": 2, "block": 3}
+    together, parts, ranges, blueprint = build("shared", True, mesh)
+    active = stacked(parts, blueprint, "shared", mesh)
+    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges))).compile().as_text()
+    assert compiled is not None and "all-reduce" in collectives(compiled)
+    (shared, blocks), log = together(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges)))
+
+    # By hand: an AdamW moment after its first update is a tenth of the gradient that went into it.
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
+    one_by_one, *_ = build("shared", False, alone)
+    gradients = []
+    for block in range(BLOCKS):
+        own = replicate((parts["shared"], parts[f"block_{block}"]), alone)
+        (own_shared, own_block), own_log = one_by_one(own, batch_on(alone), steps_of(np.int32(block), ranges[block]))
+        np.testing.assert_allclose(log["loss"][block], own_log["loss"], rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(unstack(blocks, mesh)[block]), jax.tree.leaves(own_block), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        gradients.append(jax.tree.map(lambda mu: np.asarray(mu) * 10, own_shared.adam.mu))
+    mean = jax.tree.map(lambda *g: sum(g) / BLOCKS, *gradients)
+    (expected,), _ = adamw(
+        (jax.tree.map(np.asarray, parts["shared"]),), (mean,), lr=jax.numpy.float32(1e-2), weight_decay=0.01, clip_norm=1e9
+    )
+    for a, b in zip(jax.tree.leaves(shared.adam.mu), jax.tree.leaves(expected.adam.mu), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+
+
+@several
+def test_a_run_side_by_side_is_the_run_in_turn_on_several(tmp_path):
+    """Whole runs of isolated blocks, with data on the device and a checkpoint: in turn, and all at once."""
+    in_turn = run(tiny(block_schedule="sequential", batch_size=360, dropout=0.1), tmp_path / "turn")
+    at_once = run(tiny(block_parallel=True, batch_size=360, dropout=0.1), tmp_path / "once")
+    assert (in_turn["step"], at_once["step"]) == (9, 3)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if "blocks" in line]
+        for name in ("turn", "once")
+    ]
+    for step, line in enumerate(logs[1]):
+        for block in range(BLOCKS):
+            expected = logs[0][block * 3 + step]["blocks"][str(block)]
+            assert line["blocks"][str(block)] == pytest.approx(expected, rel=1e-4), (step, block)
+    assert at_once["cross_entropy"] == pytest.approx(in_turn["cross_entropy"], rel=1e-4)
+    with Checkpoints(tmp_path / "once", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 3
+    again = run(tiny(block_parallel=True, batch_size=360, dropout=0.1), tmp_path / "once")
+    assert again["steps_run"] == 0 and again["top1"] == at_once["top1"]
+
+
+def collectives(program: str) -> set[str]:
+    """The kinds of communication between devices in a compiled program."""
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast|send|recv"
+    return set(re.findall(rf" ({kinds})(?:-start)?\(", program))
+
+
+def test_what_a_run_trains():
+    assert trained_blocks(tiny()) == (0, 1, 2) and trained_blocks(tiny(train_blocks=(1,))) == (1,)
