@@ -84,10 +84,9 @@ def main(argv: list[str]) -> None:
     _log_our_own_lines()
     _keep_compiled_programs()
 
-    from dblocks_jax.memory import memory_table
-
     from dblocks_jax import processes
     from dblocks_jax.evaluate import evaluate_run
+    from dblocks_jax.memory import memory_table
     from dblocks_jax.merge import merge
     from dblocks_jax.train import train
     from dblocks_jax.workdir import finish
@@ -99,12 +98,8 @@ def main(argv: list[str]) -> None:
         if MODE.value == "eval":
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
         elif MODE.value == "merge":
-            from dblocks_jax.merge import merge
-
             result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv)
         elif MODE.value == "memory":
-            from dblocks_jax.memory import memory_table
-
             result = memory_table(config, gib=GIB.value)
         else:
             result = train(config, workdir, command=sys.argv, overrides=overrides)

@@ -61,9 +61,11 @@ class Curriculum:
     def rate_step(self, position: int) -> int:
         """The step of the learning rate's schedule that belongs to a position.
 
-        The schedule spans the updates of all blocks, trained here or elsewhere; a block by itself samples it evenly.
+        The schedule spans the updates of all blocks, trained here or elsewhere. Positions that count the steps of one
+        block sample it evenly, and so do those of a run that trains only some blocks.
         """
-        return position if self.schedule == "random" else position * self.num_blocks
+        counted_together = len(self.blocks) if self.schedule == "random" else 1
+        return position * self.num_blocks // counted_together
 
 
 def _draw(seed: int, step: int, count: int) -> int:

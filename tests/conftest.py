@@ -1,15 +1,18 @@
 """Strictness for every test: shapes checked at run time, no silent broadcasting, flags parsed.
 
-Programs that several tests compile are compiled once: a persistent cache lives as long as the session.
+Compiling is most of the time that tests take. So each program is compiled once, into a cache that lives as long as the
+session and that its workers share, and without LLVM's optimisations; XLA's own, which decide about memory, stay on.
 """
 
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CACHE = tempfile.TemporaryDirectory(prefix="dblocks_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what their parent sets here
+    CACHE = tempfile.TemporaryDirectory(prefix="dblocks_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 from jaxtyping import install_import_hook
 

@@ -35,6 +35,14 @@ def test_each_block_makes_the_same_steps_together_or_apart(schedule):
     assert rates == list(range(0, 60, 3))
 
 
+def test_a_run_of_some_blocks_goes_through_the_whole_learning_rate():
+    """Drawn at random or not: a part trained apart ends where the schedule ends."""
+    for blocks, steps in (((1,), 20), ((0, 2), 40), ((0, 1, 2), 60)):
+        plan = curriculum("random", blocks=blocks, steps=steps)
+        rates = [plan.rate_step(position) for position in range(steps)]
+        assert rates[0] == 0 and np.ptp(np.diff(rates)) <= 1 and 60 - 3 <= rates[-1] < 60
+
+
 def test_chunks_take_turns_in_rounds():
     blocks = [block for block, _ in turns(curriculum("chunked"))]
     chunks = [blocks[i : i + 5] for i in range(0, 60, 5)]

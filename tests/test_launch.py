@@ -61,7 +61,9 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
 
 
 def test_eight_devices_train_as_one(trained, tmp_path):
-    done = launch(*TINY, f"--workdir={tmp_path}", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = launch(
+        *TINY, f"--workdir={tmp_path}", XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "starts.jsonl").read_text())["devices"]) == 8
 
@@ -83,7 +85,7 @@ def test_eight_devices_train_as_one(trained, tmp_path):
         (["--config=configs/none.py"], 2, "there is no config file configs/none.py"),
         (["--config=configs/vit_digits.py", "--config.num_bloks=2"], 2, 'Did you mean "num_blocks"'),
         (["--config=configs/vit_digits.py", "--config.num_blocks=1.5"], 2, "invalid literal for int()"),
-        (["--config=configs/vit_digits.py", "--mode=fly"], 2, "<train|eval>"),
+        (["--config=configs/vit_digits.py", "--mode=fly"], 2, "<train|eval|merge|memory>"),
         (["--config=configs/vit_digits.py", "train"], 2, "unexpected argument 'train'"),
         (["--config=configs/vit_digits.py", "--config.patch_size=3"], 1, "patch_size=3 must divide image_size=8"),
         (["--config=configs/vit_digits.py", "--distributed"], 1, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,10 +59,10 @@ def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 def test_several_devices():
     """Run the tests below that need them."""
-    flags = "--xla_force_host_platform_device_count=6"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=6"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "on_several"], check=False, capture_output=True, text=True,
-        env=os.environ | {"XLA_FLAGS": flags}, cwd=Path(__file__).parents[1], timeout=300,
+        [sys.executable, "-m", "pytest", __file__, "-k", "on_several", "-n0"], cwd=Path(__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": flags}, check=False, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout and "passed" in done.stdout
@@ -127,7 +128,7 @@ def test_parts_that_do_not_make_a_model_are_refused_by_name(apart, tmp_path):
         ({"train_blocks": (1, 1)}, "ascending"),
         ({"train_blocks": (1,), "sharing": "shared"}, "train_blocks needs sharing=isolated"),
         ({"train_blocks": (1,), "block_parallel": True}, "exclude each other"),
-        ({"block_parallel": True, "block_schedule": "chunked"}, "leave out block_schedule"),
+        ({"block_parallel": True, "block_schedule": "chunked"}, "block_schedule=chunked has no meaning"),
         ({"block_parallel": True, "num_blocks": 1 + DEVICES, "num_layers": 1 + DEVICES}, "multiple of num_blocks=7"),
     ],
 )
@@ -150,7 +151,7 @@ def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
 
     def step(labels_next):
         return denoise_step(
-            first, model.blocks[0], np.ones((2, 8, 8, 1), np.float32), jax.random.normal(key, (2, 12)),
+            first, model.blocks[0], jnp.ones((2, 8, 8, 1)), jax.random.normal(key, (2, 12)),
             np.float32(8), np.float32(2), sigma_data=0.5, cfg_scale=0.0, table="raw", labels_next=labels_next,
         )  # fmt: skip
 
@@ -241,7 +242,7 @@ def test_blocks_that_share_say_only_that_on_several():
         gradients.append(jax.tree.map(lambda mu: np.asarray(mu) * 10, own_shared.adam.mu))
     mean = jax.tree.map(lambda *g: sum(g) / BLOCKS, *gradients)
     (expected,), _ = adamw(
-        (jax.tree.map(np.asarray, parts["shared"]),), (mean,), lr=jax.numpy.float32(1e-2), weight_decay=0.01, clip_norm=1e9
+        (jax.tree.map(np.asarray, parts["shared"]),), (mean,), lr=jnp.float32(1e-2), weight_decay=0.01, clip_norm=1e9
     )
     for a, b in zip(jax.tree.leaves(shared.adam.mu), jax.tree.leaves(expected.adam.mu), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)

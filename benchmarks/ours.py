@@ -1,0 +1,85 @@
+"""Our training step for the benchmark, built as `dblocks_jax.train` builds it. All that touches our API is here."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import dblock_cifar100, vit_cifar100
+from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.config import architecture, arithmetic, check_config
+from dblocks_jax.datasets import Dataset
+from dblocks_jax.devices import make_mesh, replicate, shard
+from dblocks_jax.optimizer import new_part
+from dblocks_jax.residence import OneAtATime
+from dblocks_jax.step import Augmentation, Resident, Steps, make_train_step
+
+CIFAR100 = Dataset(
+    name="cifar100",
+    class_names=tuple(str(label) for label in range(100)),
+    image_shape=(32, 32, 3),
+    mean=(0.5071, 0.4867, 0.4408),
+    std=(0.2675, 0.2565, 0.2761),
+    load=lambda which: None,  # the images are random ones
+)
+
+
+def get_config(model_type: str, overrides: dict[str, Any]) -> ConfigDict:
+    """The released program's settings on CIFAR-100 for "dblock" or "vit", with `overrides`."""
+    config = {"dblock": dblock_cifar100, "vit": vit_cifar100}[model_type].get_config()
+    config.lock()
+    config.update(overrides)
+    check_config(config)
+    return config
+
+
+class OurSteps:
+    """Training steps of one model on random images that live on the device. Called, it makes one and waits for it."""
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        mesh = make_mesh()
+        blueprint, params = Blueprint.of(new_model(config, architecture(config, CIFAR100)))
+        parts = replicate(jax.device_get({name: new_part(value) for name, value in params.items()}), mesh)
+        loss_fn, self._ranges = make_objective(config, blueprint)
+        train_step = make_train_step(
+            loss_fn,
+            augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
+            mean=CIFAR100.mean,
+            std=CIFAR100.std,
+            seed=config.seed,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+            accumulate=config.accumulate_grad_batches,
+        )
+        self._model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=False)
+        rng = np.random.default_rng(0)
+        count = 16 * config.batch_size
+        images = rng.integers(0, 256, (count, *CIFAR100.image_shape), np.uint8)
+        labels = rng.integers(0, len(CIFAR100.class_names), count, np.int32)
+        indices = rng.integers(0, count, (config.steps_per_call, config.batch_size), np.int32)
+        self._data = Resident(*replicate((images, labels), mesh), shard(indices, mesh, axis=1))
+        self._position = 0
+
+    def __call__(self) -> None:
+        """One step of block 0, or of the plain model, to its end."""
+        self.enqueue()
+        self.wait()
+
+    def enqueue(self, block: int = 0, count: int = 1) -> None:
+        """Start `count` steps, at most `steps_per_call`, in one call as the trainer does; does not wait for them."""
+        steps = Steps(
+            count=np.int32(count),
+            block=np.int32(block),
+            position=np.int32(self._position),
+            lr=np.full(self._config.steps_per_call, self._config.lr, np.float32),
+            within=self._ranges[block],
+        )
+        self._position += count
+        with arithmetic(self._config):
+            self._model.train(block, self._data, steps)
+
+    def wait(self) -> None:
+        """Wait for all steps to be done."""
+        jax.block_until_ready(self._model.parts())

@@ -1,0 +1,91 @@
+"""The memory table: exact where it can be counted, bounded where XLA decides."""
+
+import pytest
+
+from configs import common
+from dblocks_jax import memory
+from dblocks_jax.errors import UserError
+from dblocks_jax.memory import Memory, formula_bytes, memory_table
+
+
+def sized(**changes):
+    """A model whose activations outweigh everything else: 4 layers, 17 tokens, MLP 512 wide, 64 images."""
+    config = common.get_config()
+    config.update(
+        dataset="digits", image_size=8, patch_size=2, num_layers=4, num_blocks=4, hidden_size=12, num_heads=2,
+        intermediate_size=512, batch_size=64, idle_blocks="host", pool="mean",
+    )  # fmt: skip
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return memory_table(sized())["rows"]
+
+
+def test_parameters_and_moments_are_counted_exactly(rows):
+    """By hand: a layer has 4 d^2 + 2 d m weights, 5 d + m biases, 4 d of norms; a conditioned one 6 d k + 6 d more."""
+    d, m, k, labels, tokens = 12, 512, 2, 10, 17
+    layer = 4 * d * d + 2 * d * m + 5 * d + m + 4 * d
+    common_part = (4 * d + d) + tokens * d + 2 * d + (labels * d + labels)
+    plain = common_part + d + 4 * layer
+    noise = (256 * k + k) + (k * k + k)
+    active = common_part + labels * d + noise + (2 * d * k + 2 * d) + (layer + 6 * d * k + 6 * d)
+    for name, count, parts in (("plain", plain, 1), ("DiffusionBlocks", active, 2)):
+        assert rows[name]["parameters"] == rows[name]["gradients"] == 4 * count
+        assert rows[name]["optimizer"] == 8 * count + 4 * parts  # two moments, and a step count for each part
+        assert rows[name]["idle"] == 0
+
+
+def test_a_block_needs_its_share_of_the_activations(rows):
+    """Layers keep as much as they like, the same each, and one being worked on has at most three such arrays more."""
+    ratio = rows["DiffusionBlocks"]["total"] / rows["plain"]["total"]
+    assert 1 / (4 + 3) < ratio < (1 + 3) / (4 + 3)
+    assert rows["plain + remat"]["total"] < rows["plain"]["total"]
+    assert rows["DiffusionBlocks + remat"]["total"] < rows["plain + remat"]["total"]
+    for row in rows.values():
+        assert row["total"] >= row["parameters"] + row["optimizer"] + row["gradients"] + row["activations"]
+
+
+def test_what_fits_and_the_smallest_number_of_blocks_that_does(monkeypatch, capsys):
+    """A step made up for the purpose: a GiB of activations for each layer, half as much with remat."""
+    asked = []
+
+    def step_memory(config, dataset):
+        asked.append(config.num_blocks)
+        layers = config.num_layers // (config.num_blocks if config.model_type == "dblock" else 1)
+        total = layers * 2**30 // (2 if config.gradient_checkpointing else 1)
+        return Memory(parameters=0, optimizer=0, gradients=0, activations=total, total=total, idle=0)
+
+    monkeypatch.setattr(memory, "step_memory", step_memory)
+    fits = memory_table(sized(num_blocks=2), gib=2.0)["fits"]
+    assert fits == {
+        "plain": False, "plain + remat": True, "DiffusionBlocks": True, "DiffusionBlocks + remat": True,
+        "smallest_b": 2, "smallest_b_with_remat": 1,
+    }  # fmt: skip
+    assert "DiffusionBlocks: num_blocks=2 is the smallest that fits" in capsys.readouterr().out
+    assert memory_table(sized(), gib=0.25)["fits"]["smallest_b"] is None
+    assert "nothing fits" in capsys.readouterr().out
+    assert max(asked) == 4
+
+
+def test_the_formula_is_the_papers():
+    plain = Memory(parameters=100, optimizer=200, gradients=100, activations=800, total=1200, idle=0)
+    rows = {"plain": plain, "DiffusionBlocks": plain}
+    assert formula_bytes(rows, "plain", 3) == 1200 and formula_bytes(rows, "DiffusionBlocks", 3) == 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 5}, "num_blocks=5 must divide num_layers=12"),
+        ({"dataset": "folder", "data_dir": "nowhere"}, "there is no folder nowhere"),
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    config = common.get_config()
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        memory_table(config)
