@@ -86,6 +86,8 @@ def check_config(config: ConfigDict) -> None:
     _check_divides(config, "num_heads", "hidden_size")
     if config.model_type == "dblock":
         _check_diffusion(config)
+    elif config.block_parallel or config.train_blocks:
+        raise UserError("block_parallel and train_blocks are of DiffusionBlocks: the plain model has no blocks")
     schedule(config, updates=1)
 
 

@@ -81,7 +81,7 @@ def step_memory(config: ConfigDict, dataset: Dataset) -> Memory:
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
         total=total,
-        idle=_bytes(idle) if config.idle_blocks == "device" else 0,
+        idle=0 if config.idle_blocks == "host" or config.block_parallel else _bytes(idle),
     )
 
 
@@ -92,8 +92,11 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
 
 
 def _variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int | None = None) -> ConfigDict:
+    """`config` with another model; its training of some blocks only, or of all side by side, is for blocks alone."""
     config = ConfigDict(config.to_dict())
     config.update(model_type=model_type, gradient_checkpointing=remat, num_blocks=num_blocks or config.num_blocks)
+    if model_type == "vit":
+        config.update(block_parallel=False, train_blocks=())
     check_config(config)
     return config
 
@@ -120,7 +123,8 @@ def _step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ...], A
         clip_norm=config.clip_norm,
         accumulate=config.accumulate_grad_batches,
     )
-    count = -(-config.batch_size // jax.device_count()) * config.accumulate_grad_batches
+    share_of = max(1, jax.device_count() // (config.num_blocks if config.block_parallel else 1))  # devices to a batch
+    count = -(-config.batch_size // share_of) * config.accumulate_grad_batches
     shape_of: Any = jax.ShapeDtypeStruct
     data = Streamed(shape_of((count, *dataset.image_shape), np.uint8), shape_of((count,), np.int32))
     zero = np.int32(0)
@@ -174,8 +178,12 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
         "activations: with all temporaries; formula: (4P + A) / B with the plain model's P and A."
     )
-    waiting = "on the device, on top of the total" if config.idle_blocks == "device" else "on the host"
-    lines.append(f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks}).")
+    waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
+    lines.append(
+        "No block is idle: each has devices of its own (block_parallel)."
+        if config.block_parallel
+        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks})."
+    )
     return "\n".join(lines)
 
 

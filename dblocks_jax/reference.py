@@ -9,7 +9,8 @@ from flax import nnx
 
 from dblocks_jax.errors import UserError
 from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
-from dblocks_jax.models.layers import Layer, Linear
+from dblocks_jax.models.layers import Layer
+from dblocks_jax.models.primitives import LayerNorm, Linear
 from dblocks_jax.models.vit import Architecture, ViT
 
 PATCH_WEIGHT = "vit.embeddings.patch_embeddings.projection.weight"
@@ -159,7 +160,7 @@ def _linear(prefix: str, module: Linear) -> Iterator[Entry]:
     yield _same(f"{prefix}.bias", module.bias)
 
 
-def _norm(prefix: str, module: nnx.LayerNorm) -> Iterator[Entry]:
+def _norm(prefix: str, module: LayerNorm) -> Iterator[Entry]:
     assert module.scale is not None and module.bias is not None
     yield _same(f"{prefix}.weight", module.scale)
     yield _same(f"{prefix}.bias", module.bias)

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
-from dblocks_jax.models.layers import Attention, affine, attend, dropout, gelu, sinusoidal_features
+from dblocks_jax.models.layers import Attention, sinusoidal_features
+from dblocks_jax.models.primitives import affine, attend, dropout, gelu, normalize_features
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
 TINY = Architecture(
@@ -202,6 +203,28 @@ def test_the_dense_layers_own_backward_pass(inputs, outputs, key):
 
     for ours, theirs in zip(cubed(affine), cubed(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_layer_norm_and_its_own_backward_pass(offset, key):
+    """Against the formula and its derivative in float64, also for rows whose mean is 300 times their deviation."""
+    x = jax.random.normal(key, (2, 5, 16)) + offset
+    scale, bias = jax.random.normal(jax.random.fold_in(key, 1), (2, 16))
+    with jax.enable_x64():
+
+        def formula(x, scale, bias):
+            centred = x - jnp.mean(x, -1, keepdims=True)
+            normal = centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-12)
+            return normal * scale[None, None] + bias[None, None]
+
+        exact = [jnp.asarray(np.asarray(array), jnp.float64) for array in (x, scale, bias)]
+        value = formula(*exact)
+        slopes = jax.grad(lambda *args: jnp.sum(formula(*args) ** 3), argnums=(0, 1, 2))(*exact)
+    tolerance = 1e-5 if offset == 0.0 else 1e-3  # float32 knows the rows to 1e-7 of their mean
+    np.testing.assert_allclose(normalize_features(x, scale, bias), value, rtol=tolerance, atol=tolerance)
+    ours = jax.grad(lambda *args: jnp.sum(normalize_features(*args) ** 3), argnums=(0, 1, 2))(x, scale, bias)
+    for a, b in zip(ours, slopes, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
 def test_gelu_and_its_derivative(key):

@@ -125,6 +125,7 @@ def test_parts_that_do_not_make_a_model_are_refused_by_name(apart, tmp_path):
     ("changes", "message"),
     [
         ({"train_blocks": (3,)}, "below num_blocks=3"),
+        ({"model_type": "vit", "train_blocks": (1,)}, "the plain model has no blocks"),
         ({"train_blocks": (1, 1)}, "ascending"),
         ({"train_blocks": (1,), "sharing": "shared"}, "train_blocks needs sharing=isolated"),
         ({"train_blocks": (1,), "block_parallel": True}, "exclude each other"),

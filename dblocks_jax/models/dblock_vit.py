@@ -7,19 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from dblocks_jax.models.layers import (
-    Block,
-    Linear,
-    Modulation,
-    NoiseEmbedding,
-    PatchEmbedding,
-    dropout,
-    init_weights,
-    init_zeros,
-    layer_norm,
-    modulate,
-    split_key,
-)
+from dblocks_jax.models.layers import Block, Modulation, NoiseEmbedding, PatchEmbedding, modulate
+from dblocks_jax.models.primitives import LayerNorm, Linear, dropout, init_weights, init_zeros, split_key
 from dblocks_jax.models.vit import Architecture, make_block, pool_tokens
 
 
@@ -40,7 +29,7 @@ class Shared(nnx.Module):
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
         self.labels = nnx.Param(init_weights(rngs.params(), (arch.num_labels, arch.hidden_size)))
         self.noise = NoiseEmbedding(arch.hidden_size, rngs=rngs)
-        self.norm = layer_norm(arch.hidden_size, rngs=rngs)
+        self.norm = LayerNorm(arch.hidden_size)
         self.modulation = Modulation(arch.hidden_size, 2, rngs=rngs)
         self.head = Linear(arch.hidden_size, arch.num_labels, rngs=rngs, init=init_zeros)
 

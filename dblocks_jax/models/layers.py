@@ -1,111 +1,24 @@
-"""Building blocks of both vision transformers. Every dropout takes an explicit key; no key means no dropout."""
-
-import math
-from functools import partial
+"""The layers of both vision transformers. Every dropout takes an explicit key; no key means no dropout."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
-# The reference cuts its normal(0.02) draws at +-2.0, which is 100 standard deviations: no cut at all.
-init_weights = nnx.initializers.normal(0.02)
-init_zeros = nnx.initializers.zeros
-
-# What a layer keeps for its backward pass: outputs of dense layers and of attention, dropout masks (a byte an entry).
-# Norms, GELU and attention probabilities are computed again, sooner than written to memory and read back.
-DENSE_OUTPUT, ATTENDED, DROPOUT_MASK = "dense_output", "attended", "dropout_mask"
-KEPT = jax.checkpoint_policies.save_only_these_names(DENSE_OUTPUT, ATTENDED, DROPOUT_MASK)
+from dblocks_jax.models.primitives import (
+    KEPT,
+    LayerNorm,
+    Linear,
+    attend,
+    draw_kept,
+    dropout,
+    gelu,
+    init_zeros,
+    split_key,
+)
 
 NOISE_FEATURES = 256
 MAX_PERIOD = 10_000
-
-
-@jax.custom_vjp
-def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"]) -> Float[Array, "*b o"]:
-    """x @ kernel + bias in x's type, with a backward pass that is sparing with memory."""
-    product = x @ kernel.astype(x.dtype)
-    return product + jnp.broadcast_to(bias.astype(x.dtype), product.shape)
-
-
-def _affine_backward(saved, grad):
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
-    x_is_narrower = kernel.shape[0] <= kernel.shape[1]
-    left, right = (x, grad) if x_is_narrower else (grad, x)
-    product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
-    # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
-    grad, product = jax.lax.optimization_barrier((grad, product))
-    grad_bias = jnp.sum(grad, axis=rows, dtype=kernel.dtype)
-    return grad @ kernel.T.astype(x.dtype), product if x_is_narrower else product.T, grad_bias
-
-
-affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), _affine_backward)
-
-
-class Linear(nnx.Module):
-    """A dense layer: float32 parameters, normal(0.02) weights and zero bias to begin with, computing in `dtype`."""
-
-    def __init__(
-        self, features_in: int, features_out: int, *, dtype: str = "float32", init=init_weights, rngs: nnx.Rngs
-    ):
-        self.dtype = dtype
-        self.kernel = nnx.Param(init(rngs.params(), (features_in, features_out)))
-        self.bias = nnx.Param(init_zeros(rngs.params(), (features_out,)))
-
-    def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
-        """The outputs `columns`, by default all."""
-        out = affine(x.astype(self.dtype), self.kernel[...][:, columns], self.bias[...][columns])
-        return checkpoint_name(out, DENSE_OUTPUT)
-
-
-def layer_norm(features: int, *, dtype: str = "float32", rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with the reference's epsilon; the two-pass variance keeps its digits at epsilon 1e-12.
-
-    Statistics are float32 whatever `dtype` the result has.
-    """
-    return nnx.LayerNorm(features, epsilon=1e-12, use_fast_variance=False, dtype=jnp.dtype(dtype), rngs=rngs)
-
-
-def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
-    """Zero each entry with probability `rate` and rescale the rest; the identity without a key or at rate 0."""
-    keep = draw_kept(rate, key, x.shape)
-    return x if keep is None else rescale_kept(x, keep, rate)
-
-
-def draw_kept(rate: float, key: Key[Array, ""] | None, shape: tuple[int, ...]) -> Bool[Array, "..."] | None:
-    """Which entries a dropout keeps; None for all of them."""
-    if key is None or rate == 0.0:
-        return None
-    return checkpoint_name(jax.random.bernoulli(key, 1.0 - rate, shape), DROPOUT_MASK)
-
-
-def rescale_kept(x: Array, keep: Bool[Array, "..."], rate: float) -> Array:
-    """x / (1 - rate) where kept, else 0."""
-    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
-
-
-def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
-    """`count` independent keys, or as many Nones."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """x * P(N(0, 1) <= x), exactly, by erf as in the reference. jax.nn.gelu uses erfc, which XLA takes to pieces."""
-    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_backward(x, grad):
-    # The barrier keeps XLA from sharing erf with the forward pass, which would keep an array as large as x for it.
-    x = jax.lax.optimization_barrier(x)
-    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
-    return (grad * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5))) + x * density),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def modulate(
@@ -161,39 +74,6 @@ class Modulation(nnx.Module):
         return jnp.split(nnx.silu(self.linear(cond)), self.chunks, axis=-1)
 
 
-def _attention(
-    q: Float[Array, "b q h w"],
-    k: Float[Array, "b t h w"],
-    v: Float[Array, "b t h w"],
-    keep: Bool[Array, "b h q t"] | None,
-    rate: float,
-) -> Float[Array, "b q h w"]:
-    scores = jnp.einsum("bqhw,bthw->bhqt", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if keep is not None:
-        probs = rescale_kept(probs, keep, rate)
-    return jnp.einsum("bhqt,bthw->bqhw", probs, v)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(q, k, v, keep, rate):
-    """softmax(q k / sqrt(w)) v with dropout on the probabilities, which only ever exist for one layer at a time.
-
-    Shapes as in `_attention`. The backward pass computes the probabilities again, once its gradient is there.
-    """
-    return _attention(q, k, v, keep, rate)
-
-
-def _attend_backward(rate, saved, grad):
-    # Without the barrier a scheduler computes them early, beside the MLP's large arrays.
-    q, k, v, keep, grad = jax.lax.optimization_barrier((*saved, grad))
-    _, pull_back = jax.vjp(lambda q, k, v: _attention(q, k, v, keep, rate), q, k, v)
-    return *pull_back(grad), None
-
-
-attend.defvjp(lambda *args: (attend(*args), args[:4]), _attend_backward)
-
-
 class Attention(nnx.Module):
     """Multi-head self-attention with dropout on its probabilities."""
 
@@ -214,8 +94,8 @@ class Attention(nnx.Module):
         else:
             q, k, v = jnp.split(self.query_key_value(x), 3, axis=-1)
         q, k, v = (array.reshape(b, -1, self.num_heads, d // self.num_heads) for array in (q, k, v))
-        keep = draw_kept(self.dropout_rate, key, (b, self.num_heads, q.shape[1], t))
-        attended = checkpoint_name(attend(q, k, v, keep, self.dropout_rate), ATTENDED)
+        keep = draw_kept(self.dropout_rate, key, (b, self.num_heads, q.shape[1], t), after=q)
+        attended = attend(q, k, v, keep, self.dropout_rate)
         return self.output(attended.reshape(b, -1, d))
 
 
@@ -247,9 +127,9 @@ class Layer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dropout_rate = dropout_rate
-        self.norm_attention = layer_norm(hidden_size, dtype=dtype, rngs=rngs)
+        self.norm_attention = LayerNorm(hidden_size, dtype=dtype)
         self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
-        self.norm_mlp = layer_norm(hidden_size, dtype=dtype, rngs=rngs)
+        self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
         self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
         self.modulation = Modulation(hidden_size, 6, rngs=rngs) if conditioned else None
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dblocks_jax.models.layers import Block, Layer, Linear, PatchEmbedding, dropout, init_weights, layer_norm, split_key
+from dblocks_jax.models.layers import Block, Layer, PatchEmbedding
+from dblocks_jax.models.primitives import LayerNorm, Linear, dropout, init_weights, split_key
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ViT(nnx.Module):
         self.cls_token = nnx.Param(init_weights(rngs.params(), (1, 1, arch.hidden_size)))
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
         self.trunk = make_block(arch, arch.num_layers, conditioned=False, rngs=rngs)
-        self.norm = layer_norm(arch.hidden_size, rngs=rngs)
+        self.norm = LayerNorm(arch.hidden_size)
         self.head = Linear(arch.hidden_size, arch.num_labels, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b classes"]:

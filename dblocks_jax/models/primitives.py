@@ -1,0 +1,213 @@
+"""What layers are made of, each with a backward pass that is sparing with memory. No dropout without a key."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Key
+
+# The reference cuts its normal(0.02) draws at +-2.0, which is 100 standard deviations: no cut at all.
+init_weights = nnx.initializers.normal(0.02)
+init_zeros = nnx.initializers.zeros
+
+# What a layer keeps for its backward pass: outputs of dense layers and of attention, dropout masks (a byte an entry).
+# Norms, GELU and attention probabilities are computed again, sooner than written to memory and read back.
+DENSE_OUTPUT, ATTENDED, DROPOUT_MASK = "dense_output", "attended", "dropout_mask"
+KEPT = jax.checkpoint_policies.save_only_these_names(DENSE_OUTPUT, ATTENDED, DROPOUT_MASK)
+
+
+def once(there: Array, x: Array) -> Array:
+    """x, but not before `there` is computed, so that what is made of x early does not wait in memory.
+
+    On a CPU XLA drops barriers before it decides the order, but must wait for the terms of a sum. What is added is zero
+    unless there is a NaN, which no compiler can know.
+    """
+
+    def by_sum(there, x):
+        return x + jnp.isnan(there[(0,) * there.ndim]).astype(x.dtype)
+
+    def by_barrier(there, x):
+        return jax.lax.optimization_barrier((there, x))[1]
+
+    return jax.lax.platform_dependent(jax.lax.stop_gradient(there), x, cpu=by_sum, default=by_barrier)
+
+
+@jax.custom_vjp
+def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"]) -> Float[Array, "*b o"]:
+    """x @ kernel + bias in x's type, with a backward pass that is sparing with memory."""
+    product = x @ kernel.astype(x.dtype)
+    return product + jnp.broadcast_to(bias.astype(x.dtype), product.shape)
+
+
+def _affine_backward(saved, grad):
+    x, kernel = saved
+    x = once(grad, x)
+    rows = tuple(range(x.ndim - 1))
+    # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
+    x_is_narrower = kernel.shape[0] <= kernel.shape[1]
+    left, right = (x, grad) if x_is_narrower else (grad, x)
+    product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
+    grad, product = jax.lax.optimization_barrier((grad, product))
+    grad_bias = jnp.sum(grad, axis=rows, dtype=kernel.dtype)
+    return grad @ kernel.T.astype(x.dtype), product if x_is_narrower else product.T, grad_bias
+
+
+affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), _affine_backward)
+
+
+class Linear(nnx.Module):
+    """A dense layer: float32 parameters, normal(0.02) weights and zero bias to begin with, computing in `dtype`."""
+
+    def __init__(
+        self, features_in: int, features_out: int, *, dtype: str = "float32", init=init_weights, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (features_in, features_out)))
+        self.bias = nnx.Param(init_zeros(rngs.params(), (features_out,)))
+
+    def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
+        """The outputs `columns`, by default all."""
+        out = affine(x.astype(self.dtype), self.kernel[...][:, columns], self.bias[...][columns])
+        return checkpoint_name(out, DENSE_OUTPUT)
+
+
+@jax.custom_vjp
+def normalize_features(
+    x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
+) -> Float[Array, "*b d"]:
+    """(x - mean) / sqrt(variance + 1e-12) * scale + bias over the features of each row, in float32."""
+    normal, _ = _standardize(x)
+    return normal * _as_row(scale, x.ndim) + _as_row(bias, x.ndim)
+
+
+def _standardize(x):
+    """(rows of zero mean and unit variance, what they were divided by, inverted)."""
+    x = x.astype(jnp.float32)
+    # The variance of what is left without the mean keeps its digits; the epsilon is the reference's.
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-12)
+    return centred * inverse, inverse
+
+
+def _as_row(vector, ndim: int):
+    return vector.reshape((1,) * (ndim - 1) + (-1,))
+
+
+def _normalize_backward(saved, grad):
+    x, scale = saved
+    normal, inverse = _standardize(x)
+    grad = grad.astype(jnp.float32)
+    product = grad * normal
+    # As products with a vector, since for sums of products XLA on CPUs would write `scale` out for each row.
+    weights = scale / scale.size
+    mean, slope = (jnp.matmul(array, weights, precision="highest")[..., None] for array in (grad, product))
+    grad_x = inverse * (grad * _as_row(scale, x.ndim) - mean - normal * slope)
+    rows = tuple(range(x.ndim - 1))
+    return grad_x.astype(x.dtype), jnp.sum(product, axis=rows), jnp.sum(grad, axis=rows)
+
+
+normalize_features.defvjp(lambda x, scale, bias: (normalize_features(x, scale, bias), (x, scale)), _normalize_backward)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation: in float32 whatever `dtype` the result has."""
+
+    def __init__(self, features: int, *, dtype: str = "float32"):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return normalize_features(x, self.scale[...], self.bias[...]).astype(self.dtype)
+
+
+def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
+    """Zero each entry with probability `rate` and rescale the rest; the identity without a key or at rate 0."""
+    keep = draw_kept(rate, key, x.shape, after=x)
+    return x if keep is None else rescale_kept(x, keep, rate)
+
+
+def draw_kept(
+    rate: float, key: Key[Array, ""] | None, shape: tuple[int, ...], *, after: Array
+) -> Bool[Array, "..."] | None:
+    """Which entries a dropout keeps; None for all of them. They are drawn once `after` is there."""
+    if key is None or rate == 0.0:
+        return None
+    # Nothing else orders the draws: a scheduler makes those of all layers first, eight bytes an entry.
+    key = jax.random.wrap_key_data(once(after, jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    return checkpoint_name(jax.random.bernoulli(key, 1.0 - rate, shape), DROPOUT_MASK)
+
+
+def rescale_kept(x: Array, keep: Bool[Array, "..."], rate: float) -> Array:
+    """x / (1 - rate) where kept, else 0."""
+    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
+    """`count` independent keys, or as many Nones."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x * P(N(0, 1) <= x), exactly, by erf as in the reference. jax.nn.gelu uses erfc, which XLA takes to pieces."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, grad):
+    # The barrier keeps XLA from sharing erf with the forward pass, which would keep an array as large as x for it.
+    x = jax.lax.optimization_barrier(x)
+    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+    return (grad * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5))) + x * density),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def _probabilities(q: Float[Array, "b q h w"], k: Float[Array, "b t h w"]) -> Float[Array, "b h q t"]:
+    scores = jnp.einsum("bqhw,bthw->bhqt", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(
+    q: Float[Array, "b q h w"],
+    k: Float[Array, "b t h w"],
+    v: Float[Array, "b t h w"],
+    keep: Bool[Array, "b h q t"] | None,
+    rate: float,
+) -> Float[Array, "b q h w"]:
+    """softmax(q k / sqrt(w)) v with dropout on the probabilities, which only ever exist for one layer at a time.
+
+    The backward pass computes the probabilities again, once its gradient is there.
+    """
+    return _attend_forward(q, k, v, keep, rate)[0]
+
+
+def _attend_forward(q, k, v, keep, rate):
+    probs = _probabilities(q, k).astype(v.dtype)
+    dropped = probs if keep is None else rescale_kept(probs, keep, rate)
+    attended = checkpoint_name(jnp.einsum("bhqt,bthw->bqhw", dropped, v), ATTENDED)
+    return attended, (q, k, v, keep, attended)
+
+
+def _attend_backward(rate, saved, grad):
+    q, k, v, keep, attended = saved
+    q, k, v = (once(grad, array) for array in (q, k, v))
+    probs = _probabilities(q, k)
+    dropped = probs if keep is None else rescale_kept(probs, keep, rate)
+    grad_v = jnp.einsum("bhqt,bqhw->bthw", dropped.astype(v.dtype), grad)
+    # With p the probabilities, m the rescaled mask and g = grad v: p (m g - sum p m g), and that sum is grad attended.
+    total = jnp.sum(grad.astype(jnp.float32) * attended, axis=-1).swapaxes(1, 2)[..., None]
+    inner = jnp.einsum("bqhw,bthw->bhqt", grad, v, preferred_element_type=jnp.float32)
+    grad_scores = ((dropped * inner - probs * total) * q.shape[-1] ** -0.5).astype(q.dtype)
+    grad_q = jnp.einsum("bhqt,bthw->bqhw", grad_scores, k)
+    grad_k = jnp.einsum("bhqt,bqhw->bthw", grad_scores, q)
+    return grad_q, grad_k, grad_v, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
