@@ -65,23 +65,27 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
 
 def step_memory(config: ConfigDict, dataset: Dataset) -> Memory:
     """Compile the step that training would run, on one device, and read XLA's account of it. Allocates nothing."""
-    step, parts, idle, data, steps = _step(config, dataset)
+    step, parts, idle, data, steps = build_step(config, dataset)
     with arithmetic(config):
         analysis = step.lower(parts, data, steps).compile().memory_analysis()
     parameters = _bytes([part.params for part in parts])
-    total = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes  # results that take the place of arguments
-        + analysis.temp_size_in_bytes
-    )
     return Memory(
         parameters=parameters,
         optimizer=_bytes([part.adam for part in parts]),
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
-        total=total,
+        total=total_bytes(analysis),
         idle=0 if config.idle_blocks == "host" or config.block_parallel else _bytes(idle),
+    )
+
+
+def total_bytes(analysis: Any) -> int:
+    """What a compiled program holds at its peak, by the account that is its `memory_analysis()`."""
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes  # results that take the place of arguments
+        + analysis.temp_size_in_bytes
     )
 
 
@@ -101,7 +105,7 @@ def _variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int |
     return config
 
 
-def _step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
+def build_step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
     """(jitted step, shapes of the parts it trains, of those that wait, of its batch, and its other arguments)."""
     blueprints = []
 
@@ -193,7 +197,7 @@ def _peaks(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory]) -> dic
     peaks = {}
     for name in sorted(rows, key=lambda name: rows[name].total):
         model_type = "dblock" if name.startswith("Diffusion") else "vit"
-        step, parts, _, data, steps = _step(_variant(config, model_type, name.endswith("remat")), dataset)
+        step, parts, _, data, steps = build_step(_variant(config, model_type, name.endswith("remat")), dataset)
         real = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), (parts, data))
         with arithmetic(config):
             jax.block_until_ready(step(*real, steps))
