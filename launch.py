@@ -50,8 +50,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_complain(f"unexpected argument {rest[1]!r}: flags start with --", code=2))
     if CHECKPOINT.present and MODE.value != "eval":
         sys.exit(_complain("--checkpoint chooses what --mode=eval scores; training goes on from the last", code=2))
-    if PARTS.present != (MODE.value == "merge"):
+    if bool(PARTS.value) != (MODE.value == "merge"):
         sys.exit(_complain("--mode=merge and --parts=FOLDER,FOLDER,... belong together", code=2))
+    if DISTRIBUTED.value and MODE.value in ("merge", "memory"):
+        sys.exit(_complain(f"--mode={MODE.value} is for one process: leave out --distributed", code=2))
     if GIB.present and MODE.value != "memory":
         sys.exit(_complain("--gib is a question to --mode=memory", code=2))
     differing = set(config) ^ set(common.get_config()) if isinstance(config, ConfigDict) else {"its type"}
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
         if MODE.value == "eval":
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
         elif MODE.value == "merge":
-            result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv)
+            result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv, overrides=overrides)
         elif MODE.value == "memory":
             result = memory_table(config, gib=GIB.value)
         else:

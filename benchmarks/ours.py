@@ -82,4 +82,4 @@ class OurSteps:
 
     def wait(self) -> None:
         """Wait for all steps to be done."""
-        jax.block_until_ready(self._model.parts())
+        self._model.wait()

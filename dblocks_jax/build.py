@@ -136,10 +136,14 @@ def make_classifier(
             sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table, labels_next=labels_next,
         )  # fmt: skip
 
+    on_host = config.idle_blocks == "host" or config.block_parallel
+
     def classify(params, images, positions):
         images, z = start(images, positions)
 
         def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):
+            if on_host:
+                jax.block_until_ready(z)  # else blocks would pile up on the device
             shared, block = (to_device(params[name]) for name in blueprint.names(blocks[index]))
             name_next = blueprint.names([*blocks, blocks[-1]][index + 1])[0]
             labels_next = None if name_next == "shared" else to_device(params[name_next]["labels"])

@@ -120,8 +120,8 @@ def _check_blocks(config: ConfigDict) -> None:
             f"block_parallel trains all blocks at once: block_schedule={config.block_schedule} has no meaning"
         )
     chosen = config.train_blocks
-    if list(chosen) != sorted(set(chosen)) or not all(
-        type(block) is int and 0 <= block < config.num_blocks for block in chosen
+    if not all(type(block) is int and 0 <= block < config.num_blocks for block in chosen) or list(chosen) != sorted(
+        set(chosen)
     ):
         raise UserError(f"train_blocks must be ascending numbers below num_blocks={config.num_blocks}, not {chosen}")
     if chosen and config.sharing != "isolated":
@@ -246,8 +246,8 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
     Raises:
       UserError: naming each field that differs, with both values.
     """
-    saved, now = (json.loads(json.dumps(fields)) for fields in (saved, config.to_dict()))  # tuples become lists
-    grows = config.scheduler_type == "constant_with_warmup" and config.block_schedule != "sequential"
+    saved, now = _as_saved(saved), _as_saved(config.to_dict())
+    grows = config.scheduler_type == "constant_with_warmup" and config.block_schedule == "random"
     may_grow = ("num_epochs", "max_steps") if grows else ()
     differing = [
         f"{field} was {saved.get(field, 'absent')!r}, is {now.get(field, 'absent')!r}"
@@ -277,6 +277,11 @@ def check_same_data(saved: dict[str, Any], now: dict[str, Any], where: str) -> N
         raise UserError(f"{where} was trained on {saved['images']} images, but now there are {now['images']}")
 
 
+def _as_saved(value: Any) -> Any:
+    """What becomes of a value when it is saved: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def _length(value: int) -> float:
     """0 stands for no limit."""
     return float(value or math.inf)
@@ -294,7 +299,7 @@ def for_evaluation(saved: dict[str, Any], overrides: dict[str, Any], config: Con
     for field, value in overrides.items():
         if field in (*SAMPLER_FIELDS, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE):
             result[field] = value
-        elif field not in ("num_epochs", "max_steps") and saved.get(field) != value:
+        elif field not in ("num_epochs", "max_steps") and _as_saved(saved.get(field)) != _as_saved(value):
             raise UserError(
                 f"--config.{field}={value!r} contradicts the checkpoint, which was trained with {saved.get(field)!r}; "
                 f"evaluation takes {', '.join((*SAMPLER_FIELDS, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE))}"

@@ -21,7 +21,8 @@ class Curriculum:
     """The order in which `blocks` are trained over `total_steps` steps. The plain model is one block.
 
     "random": a block is drawn for each step (paper, Algorithm 1), and step t uses the t-th batch whatever the block.
-    "chunked": blocks take turns of `chunk_steps` steps, in a new random order each round.
+    "chunked": blocks take turns of `chunk_steps` steps, in a new random order each round. A last, shorter round is
+    shared out evenly.
     "sequential": each block is trained to its end before the next.
 
     In the last two each block goes through data, random numbers and learning rates by itself: position n is its n-th
@@ -43,11 +44,13 @@ class Curriculum:
         if self.schedule == "random":
             return Turn(self.blocks[_draw(self.seed, step, count)], step)
         if self.schedule == "sequential":
-            index = step * count // self.total_steps
-            return Turn(self.blocks[index], step - -(-index * self.total_steps // count))
-        chunk, offset = divmod(step, self.chunk_steps)
-        round_, turn = divmod(chunk, count)
-        return Turn(self.blocks[_shuffle(self.seed, round_, count)[turn]], round_ * self.chunk_steps + offset)
+            index, position = _in_turn(step, self.total_steps, count)
+            return Turn(self.blocks[index], position)
+        steps_of_round = self.chunk_steps * count
+        round_, offset = divmod(step, steps_of_round)
+        # The last round may be shorter.
+        index, position = _in_turn(offset, min(steps_of_round, self.total_steps - round_ * steps_of_round), count)
+        return Turn(self.blocks[_shuffle(self.seed, round_, count)[index]], round_ * self.chunk_steps + position)
 
     def run(self, step: int, most: int) -> int:
         """How many steps from `step` on, at most `most`, train the same block at consecutive positions."""
@@ -66,6 +69,12 @@ class Curriculum:
         """
         counted_together = len(self.blocks) if self.schedule == "random" else 1
         return position * self.num_blocks // counted_together
+
+
+def _in_turn(step: int, steps: int, count: int) -> tuple[int, int]:
+    """(whose turn, which of its steps) when `steps` are shared out evenly among `count`, one after another."""
+    index = step * count // steps
+    return index, step - -(-index * steps // count)
 
 
 def _draw(seed: int, step: int, count: int) -> int:

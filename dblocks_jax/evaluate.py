@@ -22,6 +22,7 @@ from dblocks_jax.config import (
     find_dataset,
     for_evaluation,
     image_dropout,
+    trained_blocks,
 )
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
@@ -45,6 +46,11 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         run = checkpoints.run(step)
         config = for_evaluation(run["config"], overrides, config)
         check_config(config)
+        blocks = trained_blocks(config)
+        if config.model_type == "dblock" and len(blocks) < config.num_blocks:
+            raise UserError(
+                f"{workdir} trained only blocks {list(blocks)} of {config.num_blocks}: join by --mode=merge"
+            )
         check_alike("command", (config.to_dict(), step))
         with first_process_first("data"):
             dataset = find_dataset(config)
@@ -53,8 +59,12 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
             logging.warning(
                 "guidance asks the model about blank images, but it was trained without any: cfg_scale was 0"
             )
-        blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
-        params = checkpoints.restore_params(step, replicate(params, mesh))
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the whole model may not fit on a device
+            blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
+            params = jax.device_get(params)
+        on_host = config.model_type == "dblock" and (config.idle_blocks == "host" or config.block_parallel)
+        memory = "pinned_host" if on_host else "device"
+        params = checkpoints.restore_params(step, replicate(params, mesh, memory))
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
     with arithmetic(config):
         scores = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)

@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, make_objective, new_model
-from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset
+from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, trained_blocks
 from dblocks_jax.datasets import STORED, Dataset
-from dblocks_jax.errors import UserError
+from dblocks_jax.devices import make_mesh
+from dblocks_jax.feed import RESIDENT_BYTES
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.step import Augmentation, Steps, Streamed, make_train_step
 
@@ -25,7 +26,7 @@ class Memory:
     parameters: int  # of what the step trains
     optimizer: int  # its two moments
     gradients: int  # as large as the parameters
-    activations: int  # and every other temporary: what XLA reserves, less the gradients
+    activations: int  # and every other temporary: what XLA reserves at the peak, less the size of the gradients
     total: int  # with the batch and everything else that goes in
     idle: int  # parameters and moments of the blocks that wait, if they wait on the device
 
@@ -37,6 +38,8 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
       UserError: the config is wrong, or nobody knows how many classes its images have.
     """
     check_config(config)
+    if config.block_parallel:
+        make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
     dataset = _without_images(config)
     rows = {
         name: step_memory(_variant(config, model_type, remat), dataset)
@@ -98,9 +101,11 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
 def _variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int | None = None) -> ConfigDict:
     """`config` with another model; its training of some blocks only, or of all side by side, is for blocks alone."""
     config = ConfigDict(config.to_dict())
-    config.update(model_type=model_type, gradient_checkpointing=remat, num_blocks=num_blocks or config.num_blocks)
+    config.update(model_type=model_type, gradient_checkpointing=remat)
     if model_type == "vit":
         config.update(block_parallel=False, train_blocks=())
+    elif num_blocks is not None:
+        config.update(num_blocks=num_blocks, train_blocks=())
     check_config(config)
     return config
 
@@ -133,8 +138,10 @@ def build_step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ..
     data = Streamed(shape_of((count, *dataset.image_shape), np.uint8), shape_of((count,), np.int32))
     zero = np.int32(0)
     steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0])
-    active = blueprint.names(0)
-    return step, tuple(shapes.pop(name) for name in active), shapes, data, steps
+    blocks = trained_blocks(config)
+    mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
+    active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))
+    return step, active, mine, data, steps
 
 
 def _without_images(config: ConfigDict) -> Dataset:
@@ -154,7 +161,8 @@ def _fits(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory], gib: fl
     """Which rows fit, and the smallest number of blocks with which DiffusionBlocks do."""
     limit = gib * 2**30
     fits: dict[str, Any] = {name: memory.total + memory.idle <= limit for name, memory in rows.items()}
-    divisors = [b for b in range(1, config.num_layers + 1) if config.num_layers % b == 0]
+    devices = jax.local_device_count() if config.block_parallel else 0
+    divisors = [b for b in range(1, config.num_layers + 1) if config.num_layers % b == 0 and devices % b == 0]
     for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
         fits[name] = None
         for num_blocks in divisors:
@@ -180,8 +188,9 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
         lines.append(f"{name:24s}" + "".join(f"{cell:>13s}" for cell in cells))
     lines.append(
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
-        "activations: with all temporaries; formula: (4P + A) / B with the plain model's P and A."
+        "activations: all temporaries less the gradients; formula: (4P + A) / B with the plain model's P and A."
     )
+    lines.append(f"Training images on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
     waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
     lines.append(
         "No block is idle: each has devices of its own (block_parallel)."
@@ -203,7 +212,6 @@ def _peaks(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory]) -> dic
             jax.block_until_ready(step(*real, steps))
         del real
         stats = device.memory_stats()
-        if stats is None:
-            raise UserError(f"{device.device_kind} does not tell how much memory is in use")
-        peaks[name] = stats["peak_bytes_in_use"]
+        if stats is not None:  # some allocators do not count
+            peaks[name] = stats["peak_bytes_in_use"]
     return peaks

@@ -16,14 +16,19 @@ from dblocks_jax.optimizer import Part, new_part
 OF_A_PART = ("train_blocks", *FREE_TO_CHANGE)  # fields in which the parts of one model may differ
 
 
-def merge(sources: list[Path], workdir: Path, *, command: list[str]) -> dict[str, Any]:
+def merge(
+    sources: list[Path], workdir: Path, *, command: list[str], overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Write the last checkpoints of the runs in `sources`, which together trained every block once, as one run.
+
+    All of it happens in host memory: the whole model may not fit on a device. Of the `overrides` those count that no
+    parameter depends on, such as where the data lie on this machine.
 
     Raises:
       UserError: a part is missing, double, unfinished or of another model; or `workdir` holds a run already.
     """
     if (workdir / FOLDER).exists():
-        raise UserError(f"{workdir} holds a run already: name another --workdir for the merged one")
+        raise UserError(f"{workdir} holds a run already: name another --workdir for the merged one, or delete it")
     runs = {source: _read(source) for source in sources}
     first, (config, card, _) = next(iter(runs.items()))
     owner: dict[int, Path] = {}
@@ -40,13 +45,15 @@ def merge(sources: list[Path], workdir: Path, *, command: list[str]) -> dict[str
     if missing:
         raise UserError(f"nobody trained block {', '.join(map(str, missing))} of {config.num_blocks}: add its run")
 
-    blueprint, params = Blueprint.of(new_model(config, architecture(config, find_dataset(config))))
+    free = {field: value for field, value in (overrides or {}).items() if field in FREE_TO_CHANGE}
+    whole = ConfigDict({**config.to_dict(), **free, "train_blocks": ()})
     parts: dict[str, Part] = {}
-    for source in runs:
-        names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]
-        with Checkpoints(source, read_only=True) as checkpoints:
-            parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
-    whole = ConfigDict({**config.to_dict(), "train_blocks": ()})
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        blueprint, params = Blueprint.of(new_model(whole, architecture(whole, find_dataset(whole))))
+        for source in runs:
+            names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]
+            with Checkpoints(source, read_only=True) as checkpoints:
+                parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
     steps = count_steps(whole, card["images"]).steps
     run_folder.open_run(workdir, whole.to_dict(), card, command=command, overrides={})
     with Checkpoints(workdir) as checkpoints:
@@ -64,7 +71,7 @@ def _read(source: Path) -> tuple[ConfigDict, dict[str, Any], int]:
         step = checkpoints.find("last")
         run = checkpoints.run(step)
     config = ConfigDict(run["config"])
-    if config.model_type != "dblock" or config.sharing != "isolated":
+    if config.model_type != "dblock" or config.get("sharing") != "isolated":
         raise UserError(f"{source} is not a run of isolated blocks (sharing=isolated): there is nothing to merge")
     return config, run["data"], step
 

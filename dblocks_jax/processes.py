@@ -94,8 +94,13 @@ def end_all(message: str) -> None:
     client = distributed.global_state.client
     if client is None:
         return
-    with contextlib.suppress(Exception):
-        client.key_value_set(f"{FAILED}first", "")  # refused where the key is set already
+    try:
+        client.key_value_set(f"{FAILED}first", "")
+    except Exception as error:  # refused where the key is set already; else the service is gone, and this may be why
+        first = "ALREADY_EXISTS" not in str(error)
+    else:
+        first = True
+    if first:
         print(message, file=sys.stderr, flush=True)
     _leave(client)
 

@@ -46,17 +46,29 @@ class OneAtATime:
         """Every part's parameters."""
         return {name: part.params for name, part in self._parts.items()}
 
+    def wait(self) -> None:
+        """Return when all steps are done."""
+        jax.block_until_ready(self._parts)
+
 
 class SideBySide:
     """Trains all blocks at once, each on its own group of devices, which holds no other block."""
 
-    def __init__(self, step: TrainStep, parts: dict[str, Part], names: Callable[[int], tuple[str, ...]], mesh: Mesh):
-        """`parts` as in `OneAtATime`, on the host; `step` is a parallel one."""
+    def __init__(
+        self,
+        step: TrainStep,
+        parts: dict[str, Part],
+        names: Callable[[int], tuple[str, ...]],
+        mesh: Mesh,
+        *,
+        isolated: bool,
+    ):
+        """`parts` as in `OneAtATime`, on the host; `step` is a parallel one, with `isolated` as here."""
         self._step = step
         self._mesh = mesh
         count = mesh.shape["block"]
         self._names = [names(block) for block in range(count)]
-        self._isolated = len({first for first, _ in self._names}) == count
+        self._isolated = isolated
         firsts, blocks = zip(*([parts[name] for name in pair] for pair in self._names), strict=True)
         first = stack_over_blocks(firsts, mesh) if self._isolated else replicate(jax.device_get(firsts[0]), mesh)
         self._active = (first, stack_over_blocks(blocks, mesh))
@@ -78,3 +90,7 @@ class SideBySide:
     def params(self) -> dict[str, Any]:
         """Every part's parameters, copied to the host."""
         return {name: part.params for name, part in self.parts().items()}
+
+    def wait(self) -> None:
+        """Return when all steps are done."""
+        jax.block_until_ready(self._active)

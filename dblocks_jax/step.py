@@ -48,7 +48,10 @@ class Streamed(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The next `count` steps, all of one block; what is beyond `count` is there to give arrays a fixed shape."""
+    """The next `count` steps, all of one block, or of all blocks at once: see `Parallel`.
+
+    What is beyond `count` is there to give arrays a fixed shape.
+    """
 
     count: np.int32 | Int[Array, ""]
     block: np.int32 | Int[np.ndarray, "*blocks"] | Int[Array, "*blocks"]

@@ -117,7 +117,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
             f"resumed at step {start}" if start else "from the start",
         )  # fmt: skip
         if config.block_parallel:
-            model = SideBySide(train_step, parts, blueprint.names, mesh)
+            model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
         else:
             model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=config.idle_blocks == "host")
         del params, parts  # the model has them now
@@ -172,7 +172,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
                     progress.evaluated(step, watched_name, scores)
                 kept = _selection(scores) if whole and val_source is not None else None
                 checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card}, kept)
-        jax.block_until_ready(model.parts())
+        model.wait()
         seconds = time.perf_counter() - began
 
         # The result: the best checkpoint by validation, or the last, on the test split.

@@ -43,6 +43,17 @@ def test_a_run_of_some_blocks_goes_through_the_whole_learning_rate():
         assert rates[0] == 0 and np.ptp(np.diff(rates)) <= 1 and 60 - 3 <= rates[-1] < 60
 
 
+@pytest.mark.parametrize("steps", [1, 2, 14, 17, 29, 60])
+@pytest.mark.parametrize("schedule", ["chunked", "sequential"])
+def test_a_length_that_does_not_divide_is_shared_out_evenly(schedule, steps):
+    """Blocks differ by a step at most, no position is left out, and no learning rate lies beyond the schedule's end."""
+    plan = curriculum(schedule, steps=steps)
+    positions = [[position for b, position in turns(plan) if b == block] for block in range(3)]
+    assert all(own == list(range(len(own))) for own in positions)
+    assert max(map(len, positions)) - min(map(len, positions)) <= 1
+    assert all(plan.rate_step(position) < steps for own in positions for position in own)
+
+
 def test_chunks_take_turns_in_rounds():
     blocks = [block for block, _ in turns(curriculum("chunked"))]
     chunks = [blocks[i : i + 5] for i in range(0, 60, 5)]

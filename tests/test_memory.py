@@ -66,6 +66,7 @@ def test_what_fits_and_the_smallest_number_of_blocks_that_does(monkeypatch, caps
     }  # fmt: skip
     assert "DiffusionBlocks: num_blocks=2 is the smallest that fits" in capsys.readouterr().out
     assert memory_table(sized(), gib=0.25)["fits"]["smallest_b"] is None
+    assert memory_table(sized(sharing="isolated", train_blocks=(3,)), gib=2.0)["fits"]["smallest_b"] == 2
     assert "nothing fits" in capsys.readouterr().out
     assert max(asked) == 4
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
 from dblocks_jax.models.layers import Attention, sinusoidal_features
-from dblocks_jax.models.primitives import affine, attend, dropout, gelu, normalize_features
+from dblocks_jax.models.primitives import affine, attend, dropout, gelu, normalize_features, once
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
 TINY = Architecture(
@@ -225,6 +225,30 @@ def test_layer_norm_and_its_own_backward_pass(offset, key):
     ours = jax.grad(lambda *args: jnp.sum(normalize_features(*args) ** 3), argnums=(0, 1, 2))(x, scale, bias)
     for a, b in zip(ours, slopes, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+def test_what_comes_once_something_is_there_is_the_same(key):
+    """And really waits for it: on a CPU a NaN, which is no number to wait for, is seen."""
+    x, there = jax.random.normal(key, (2, 3, 4))
+    np.testing.assert_array_equal(jax.jit(once)(there, x)[1], x)
+    np.testing.assert_array_equal(jax.jit(once)(there, x)[0], there)
+    if jax.default_backend() == "cpu":
+        assert not np.array_equal(jax.jit(once)(there.at[0, 0].set(jnp.nan), x)[1], x)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_in_bfloat16_agrees_within_its_digits(rate, key):
+    """Values and gradients, with dropout on the probabilities: 8 bits of mantissa, sums in float32."""
+    q, k, v = (jax.random.normal(jax.random.fold_in(key, i), (2, 6, 3, 8)) for i in range(3))
+    keep = jax.random.bernoulli(key, 1 - rate, (2, 3, 6, 6)) if rate else None
+
+    def both(dtype):
+        arrays = [array.astype(dtype) for array in (q, k, v)]
+        loss = lambda q, k, v: jnp.sum(attend(q, k, v, keep, rate).astype(jnp.float32) ** 2)  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    for a, b in zip(jax.tree.leaves(both(jnp.bfloat16)), jax.tree.leaves(both(jnp.float32)), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=2**-5 * float(np.abs(b).max()))
 
 
 def test_gelu_and_its_derivative(key):

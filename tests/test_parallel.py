@@ -93,6 +93,17 @@ def test_blocks_trained_apart_and_merged_are_those_trained_together(apart, tmp_p
     assert scored["accuracy_by_step"] == together["accuracy_by_step"]
 
 
+def test_a_part_alone_is_not_scored(apart):
+    with pytest.raises(UserError, match=r"trained only blocks \[1\] of 3: join by --mode=merge"):
+        evaluate_run(tiny(), apart[1], overrides={"train_blocks": (1,)}, checkpoint="best")
+
+
+def test_one_block_beside_nobody_is_that_block(tmp_path):
+    one = {"num_blocks": 1, "num_layers": 1, "sharing": "shared"}
+    alone, parallel = (run(tiny(**one, block_parallel=p), tmp_path / str(p)) for p in (False, True))
+    assert parallel["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-5)
+
+
 def test_blocks_resting_on_the_host_end_in_the_same_bits(tmp_path):
     for where in ("device", "host"):
         run(tiny(sharing="shared", block_schedule="chunked", chunk_steps=1, idle_blocks=where), tmp_path / where)
@@ -127,6 +138,7 @@ def test_parts_that_do_not_make_a_model_are_refused_by_name(apart, tmp_path):
         ({"train_blocks": (3,)}, "below num_blocks=3"),
         ({"model_type": "vit", "train_blocks": (1,)}, "the plain model has no blocks"),
         ({"train_blocks": (1, 1)}, "ascending"),
+        ({"train_blocks": (0, "x")}, "ascending"),
         ({"train_blocks": (1,), "sharing": "shared"}, "train_blocks needs sharing=isolated"),
         ({"train_blocks": (1,), "block_parallel": True}, "exclude each other"),
         ({"block_parallel": True, "block_schedule": "chunked"}, "block_schedule=chunked has no meaning"),
@@ -197,7 +209,7 @@ ALL = np.arange(BLOCKS, dtype=np.int32)
 
 @several
 def test_isolated_blocks_side_by_side_are_those_in_turn_on_several():
-    """One block to a device, without a word between them: bit for bit what each block does alone."""
+    """One block to a device, without a word between them: to rounding what each block does alone."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:BLOCKS]).reshape(1, BLOCKS), ("data", BLOCK))
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
     together, parts, ranges, blueprint = build("isolated", True, mesh)

@@ -19,20 +19,20 @@ DENSE_OUTPUT, ATTENDED, DROPOUT_MASK = "dense_output", "attended", "dropout_mask
 KEPT = jax.checkpoint_policies.save_only_these_names(DENSE_OUTPUT, ATTENDED, DROPOUT_MASK)
 
 
-def once(there: Array, x: Array) -> Array:
-    """x, but not before `there` is computed, so that what is made of x early does not wait in memory.
+def once(there: Array, x: Array) -> tuple[Array, Array]:
+    """(there, x), where x is not used before `there` is computed, so that what is made of x does not wait in memory.
 
-    On a CPU XLA drops barriers before it decides the order, but must wait for the terms of a sum. What is added is zero
-    unless there is a NaN, which no compiler can know.
+    Use both: a barrier lets go of what is not used. On a CPU XLA drops barriers before it decides the order, but must
+    wait for the terms of a sum. What is added is zero unless there is a NaN, which no compiler can know.
     """
 
     def by_sum(there, x):
-        return x + jnp.isnan(there[(0,) * there.ndim]).astype(x.dtype)
+        return there, x + jnp.isnan(there[(0,) * there.ndim]).astype(x.dtype)
 
     def by_barrier(there, x):
-        return jax.lax.optimization_barrier((there, x))[1]
+        return jax.lax.optimization_barrier((there, x))
 
-    return jax.lax.platform_dependent(jax.lax.stop_gradient(there), x, cpu=by_sum, default=by_barrier)
+    return jax.lax.platform_dependent(there, x, cpu=by_sum, default=by_barrier)
 
 
 @jax.custom_vjp
@@ -44,7 +44,7 @@ def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Arr
 
 def _affine_backward(saved, grad):
     x, kernel = saved
-    x = once(grad, x)
+    grad, x = once(grad, x)
     rows = tuple(range(x.ndim - 1))
     # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
     x_is_narrower = kernel.shape[0] <= kernel.shape[1]
@@ -137,14 +137,15 @@ def draw_kept(
     """Which entries a dropout keeps; None for all of them. They are drawn once `after` is there."""
     if key is None or rate == 0.0:
         return None
-    # Nothing else orders the draws: a scheduler makes those of all layers first, eight bytes an entry.
-    key = jax.random.wrap_key_data(once(after, jax.random.key_data(key)), impl=jax.random.key_impl(key))
+    # Nothing else orders the draws: a CPU's scheduler makes those of all layers first, eight bytes an entry.
+    _, data = once(jax.lax.stop_gradient(after), jax.random.key_data(key))
+    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
     return checkpoint_name(jax.random.bernoulli(key, 1.0 - rate, shape), DROPOUT_MASK)
 
 
 def rescale_kept(x: Array, keep: Bool[Array, "..."], rate: float) -> Array:
-    """x / (1 - rate) where kept, else 0."""
-    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
+    """x / (1 - rate) where kept, else 0; scaled in float32, in which 1 / (1 - rate) has its digits."""
+    return (x * jnp.where(keep, jnp.float32(1.0 / (1.0 - rate)), 0.0)).astype(x.dtype)
 
 
 def split_key(key: Key[Array, ""] | None, count: int) -> list[Key[Array, ""] | None]:
@@ -189,15 +190,17 @@ def attend(
 
 
 def _attend_forward(q, k, v, keep, rate):
-    probs = _probabilities(q, k).astype(v.dtype)
+    probs = _probabilities(q, k)
     dropped = probs if keep is None else rescale_kept(probs, keep, rate)
-    attended = checkpoint_name(jnp.einsum("bhqt,bthw->bqhw", dropped, v), ATTENDED)
+    attended = checkpoint_name(jnp.einsum("bhqt,bthw->bqhw", dropped.astype(v.dtype), v), ATTENDED)
     return attended, (q, k, v, keep, attended)
 
 
 def _attend_backward(rate, saved, grad):
     q, k, v, keep, attended = saved
-    q, k, v = (once(grad, array) for array in (q, k, v))
+    grad, q = once(grad, q)
+    grad, k = once(grad, k)
+    grad, v = once(grad, v)
     probs = _probabilities(q, k)
     dropped = probs if keep is None else rescale_kept(probs, keep, rate)
     grad_v = jnp.einsum("bhqt,bqhw->bthw", dropped.astype(v.dtype), grad)
