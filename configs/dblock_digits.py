@@ -1,8 +1,8 @@
 """DiffusionBlocks on scikit-learn's digits with settings that classify rather than sample: no download.
 
 COMMAND: python launch.py --config=configs/dblock_digits.py
-TIME: 1.4 minutes on 2 CPU cores.
-ACCURACY: 99.1 +- 0.2 % (5 seeds, 360 test images); the plain ViT 98.2 +- 0.9 %.
+TIME: 0.8 minutes on 2 CPU cores.
+ACCURACY: 98.9 +- 0.7 % (5 seeds, 360 test images); the plain ViT 98.0 +- 0.6 %.
 """
 
 from configs import dblock_digits_released
