@@ -7,13 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import dblock_cifar100, vit_cifar100
-from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
 from dblocks_jax.config import architecture, arithmetic, check_config
 from dblocks_jax.datasets import Dataset
 from dblocks_jax.devices import make_mesh, replicate, shard
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.residence import OneAtATime
-from dblocks_jax.step import Augmentation, Resident, Steps, make_train_step
+from dblocks_jax.step import Resident, Steps
 
 CIFAR100 = Dataset(
     name="cifar100",
@@ -43,16 +43,7 @@ class OurSteps:
         blueprint, params = Blueprint.of(new_model(config, architecture(config, CIFAR100)))
         parts = replicate(jax.device_get({name: new_part(value) for name, value in params.items()}), mesh)
         loss_fn, self._ranges = make_objective(config, blueprint)
-        train_step = make_train_step(
-            loss_fn,
-            augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
-            mean=CIFAR100.mean,
-            std=CIFAR100.std,
-            seed=config.seed,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-            accumulate=config.accumulate_grad_batches,
-        )
+        train_step = make_step(config, loss_fn, mean=CIFAR100.mean, std=CIFAR100.std)
         self._model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=False)
         rng = np.random.default_rng(0)
         count = 16 * config.batch_size

@@ -22,7 +22,7 @@ from dblocks_jax.models.dblock_vit import DBlockViT, IsolatedDBlockViT, make_dbl
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.objective import BlockLoss, plain_loss
 from dblocks_jax.optimizer import Params
-from dblocks_jax.step import LossFn
+from dblocks_jax.step import Augmentation, LossFn, Parallel, TrainStep, make_train_step
 from dblocks_jax.streams import stream
 
 KARRAS_RHO = 7.0
@@ -98,6 +98,28 @@ def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, li
         image_dropout=image_dropout(config),
     )
     return loss, list(ranges)
+
+
+def make_step(
+    config: ConfigDict,
+    loss_fn: LossFn,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    parallel: Parallel | None = None,
+) -> TrainStep:
+    """Build the jitted training step that a config describes; see `make_train_step`."""
+    return make_train_step(
+        loss_fn,
+        augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
+        mean=mean,
+        std=std,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        accumulate=config.accumulate_grad_batches,
+        parallel=parallel,
+    )
 
 
 def make_classifier(

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dblocks_jax.build import Blueprint, make_objective, new_model
+from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
 from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, trained_blocks
 from dblocks_jax.datasets import STORED, Dataset
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.feed import RESIDENT_BYTES
 from dblocks_jax.optimizer import new_part
-from dblocks_jax.step import Augmentation, Steps, Streamed, make_train_step
+from dblocks_jax.step import Steps, Streamed
 
 MIB = 2**20
 NUM_LABELS = {"digits": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
@@ -122,16 +122,7 @@ def build_step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ..
     shapes = jax.eval_shape(parts)
     blueprint = blueprints[0]
     loss, ranges = make_objective(config, blueprint)
-    step = make_train_step(
-        loss,
-        augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        accumulate=config.accumulate_grad_batches,
-    )
+    step = make_step(config, loss, mean=dataset.mean, std=dataset.std)
     share_of = max(1, jax.device_count() // (config.num_blocks if config.block_parallel else 1))  # devices to a batch
     count = -(-config.batch_size // share_of) * config.accumulate_grad_batches
     shape_of: Any = jax.ShapeDtypeStruct

@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dblocks_jax import workdir as run_folder
-from dblocks_jax.build import Blueprint, make_classifier, make_objective, new_model
+from dblocks_jax.build import Blueprint, make_classifier, make_objective, make_step, new_model
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.config import (
     architecture,
@@ -33,7 +33,7 @@ from dblocks_jax.optimizer import new_part
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
 from dblocks_jax.residence import OneAtATime, SideBySide
-from dblocks_jax.step import Augmentation, Parallel, Steps, make_train_step
+from dblocks_jax.step import Parallel, Steps
 
 
 def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +81,8 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
     on_host = config.idle_blocks == "host" or config.block_parallel
     parts = replicate(parts, mesh, "pinned_host" if on_host else "device")
     loss_fn, ranges = make_objective(config, blueprint)
-    train_step = make_train_step(
-        loss_fn,
-        augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        accumulate=config.accumulate_grad_batches,
-        parallel=Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None,
-    )
+    parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
+    train_step = make_step(config, loss_fn, mean=dataset.mean, std=dataset.std, parallel=parallel)
     plan = curriculum(config, total_steps)
     lr_at = schedule(config, updates)
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)

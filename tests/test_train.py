@@ -51,7 +51,7 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, step: int):
     """Make the training step of update `step` (from 0) fail, as if the process died there."""
-    build = trainer.make_train_step
+    build = trainer.make_step
 
     def make(*args, **kwargs):
         real = build(*args, **kwargs)
@@ -63,7 +63,7 @@ def kill_at(monkeypatch, step: int):
 
         return train_step
 
-    monkeypatch.setattr(trainer, "make_train_step", make)
+    monkeypatch.setattr(trainer, "make_step", make)
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
