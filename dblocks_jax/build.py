@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dblocks_jax.augment import normalize
-from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps
+from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps, rest_on_host
 from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.devices import to_device
 from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
@@ -158,13 +158,11 @@ def make_classifier(
             sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table, labels_next=labels_next,
         )  # fmt: skip
 
-    on_host = config.idle_blocks == "host" or config.block_parallel
-
     def classify(params, images, positions):
         images, z = start(images, positions)
 
         def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):
-            if on_host:
+            if rest_on_host(config):
                 jax.block_until_ready(z)  # else blocks would pile up on the device
             shared, block = (to_device(params[name]) for name in blueprint.names(blocks[index]))
             name_next = blueprint.names([*blocks, blocks[-1]][index + 1])[0]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dblocks_jax.errors import UserError
-from dblocks_jax.optimizer import Params, Part
+from dblocks_jax.optimizer import Params, Part, params_of
 
 FOLDER = "state"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
@@ -91,7 +91,7 @@ class Checkpoints:
             return
         save = self._ocp.args.StandardSave
         items = {
-            PARAMS: save({name: part.params for name, part in parts.items()}),
+            PARAMS: save(params_of(parts)),
             ADAM: save({name: part.adam for name, part in parts.items()}),
             RUN: self._ocp.args.JsonSave(run),
         }
@@ -103,7 +103,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint holds other parameters.
         """
-        params = {name: part.params for name, part in parts.items()}
+        params = params_of(parts)
         adam = {name: part.adam for name, part in parts.items()}
         self._check_fits(step, params)
         items = {PARAMS: self._like(params), ADAM: self._like(adam)}

@@ -137,6 +137,11 @@ def trained_blocks(config: ConfigDict) -> tuple[int, ...]:
     return tuple(config.train_blocks) or tuple(range(config.num_blocks))
 
 
+def rest_on_host(config: ConfigDict) -> bool:
+    """Whether the blocks of a model, but for the one at work, stay in host memory."""
+    return config.model_type == "dblock" and (config.idle_blocks == "host" or config.block_parallel)
+
+
 def curriculum(config: ConfigDict, total_steps: int) -> Curriculum:
     """What each of a run's `total_steps` steps trains."""
     return Curriculum(
@@ -222,7 +227,7 @@ def count_steps(config: ConfigDict, num_images: int) -> Length:
     num_blocks = config.num_blocks if config.model_type == "dblock" else 1
     updates = config.num_epochs * per_epoch * num_blocks
     updates = min(updates, config.max_steps or updates)
-    trained = 1 if config.block_parallel and num_blocks > 1 else len(trained_blocks(config))
+    trained = 1 if config.block_parallel else len(trained_blocks(config))
     return Length(max(1, updates * trained // num_blocks), updates, per_epoch)
 
 

@@ -1,6 +1,7 @@
 """Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,11 @@ def make_mesh(groups: int = 1) -> Mesh:
             f"but there are {jax.local_device_count()}"
         )
     return Mesh(np.array(devices).reshape(-1, groups), (DATA, BLOCK), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """Arrays that are made in this context live in host memory: a whole model may not fit on a device."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
 
 
 def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:

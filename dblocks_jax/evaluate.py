@@ -22,11 +22,12 @@ from dblocks_jax.config import (
     find_dataset,
     for_evaluation,
     image_dropout,
+    rest_on_host,
     trained_blocks,
 )
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
-from dblocks_jax.devices import DATA, gather, make_mesh, replicate, shard
+from dblocks_jax.devices import DATA, gather, make_mesh, on_cpu, replicate, shard
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
 from dblocks_jax.processes import check_alike, first_process_first
@@ -59,11 +60,10 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
             logging.warning(
                 "guidance asks the model about blank images, but it was trained without any: cfg_scale was 0"
             )
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the whole model may not fit on a device
+        with on_cpu():
             blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
             params = jax.device_get(params)
-        on_host = config.model_type == "dblock" and (config.idle_blocks == "host" or config.block_parallel)
-        memory = "pinned_host" if on_host else "device"
+        memory = "pinned_host" if rest_on_host(config) else "device"
         params = checkpoints.restore_params(step, replicate(params, mesh, memory))
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
     with arithmetic(config):

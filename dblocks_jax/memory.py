@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
-from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, trained_blocks
+from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, rest_on_host, trained_blocks
 from dblocks_jax.datasets import STORED, Dataset
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.feed import RESIDENT_BYTES
@@ -78,7 +78,7 @@ def step_memory(config: ConfigDict, dataset: Dataset) -> Memory:
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
         total=total_bytes(analysis),
-        idle=0 if config.idle_blocks == "host" or config.block_parallel else _bytes(idle),
+        idle=0 if rest_on_host(config) else _bytes(idle),
     )
 
 

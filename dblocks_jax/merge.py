@@ -10,6 +10,7 @@ from dblocks_jax import workdir as run_folder
 from dblocks_jax.build import Blueprint, new_model
 from dblocks_jax.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.config import FREE_TO_CHANGE, architecture, count_steps, find_dataset, trained_blocks
+from dblocks_jax.devices import on_cpu
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Part, new_part
 
@@ -48,7 +49,7 @@ def merge(
     free = {field: value for field, value in (overrides or {}).items() if field in FREE_TO_CHANGE}
     whole = ConfigDict({**config.to_dict(), **free, "train_blocks": ()})
     parts: dict[str, Part] = {}
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with on_cpu():
         blueprint, params = Blueprint.of(new_model(whole, architecture(whole, find_dataset(whole))))
         for source in runs:
             names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]

@@ -23,6 +23,11 @@ class Part(NamedTuple):
     adam: optax.ScaleByAdamState
 
 
+def params_of(parts: dict[str, Part]) -> dict[str, Params]:
+    """Every part's parameters."""
+    return {name: part.params for name, part in parts.items()}
+
+
 def new_part(params: Params) -> Part:
     """A part with zero moments and step count 0."""
     adam = ADAM.init(params)

@@ -1,7 +1,6 @@
 """Where the parts of a model live while they are trained: the active block on the device, idle ones where you say."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -41,10 +40,6 @@ class OneAtATime:
     def parts(self) -> dict[str, Part]:
         """Every part, wherever it lives, for evaluation and checkpoints."""
         return dict(self._parts)
-
-    def params(self) -> dict[str, Any]:
-        """Every part's parameters."""
-        return {name: part.params for name, part in self._parts.items()}
 
     def wait(self) -> None:
         """Return when all steps are done."""
@@ -86,10 +81,6 @@ class SideBySide:
         if self._isolated:
             return parts | {names[0]: part for names, part in zip(self._names, unstack(first, self._mesh), strict=True)}
         return {self._names[0][0]: first} | parts
-
-    def params(self) -> dict[str, Any]:
-        """Every part's parameters, copied to the host."""
-        return {name: part.params for name, part in self.parts().items()}
 
     def wait(self) -> None:
         """Return when all steps are done."""

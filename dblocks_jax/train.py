@@ -21,15 +21,16 @@ from dblocks_jax.config import (
     count_steps,
     curriculum,
     find_dataset,
+    rest_on_host,
     schedule,
     trained_blocks,
 )
-from dblocks_jax.devices import check_batch_size, make_mesh, replicate
+from dblocks_jax.devices import check_batch_size, make_mesh, on_cpu, replicate
 from dblocks_jax.diffusion.noise import stack_ranges
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate
 from dblocks_jax.feed import make_feed
-from dblocks_jax.optimizer import new_part
+from dblocks_jax.optimizer import new_part, params_of
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
 from dblocks_jax.residence import OneAtATime, SideBySide
@@ -74,12 +75,11 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
 
     # Model, and what a step does to it.
     blocks = trained_blocks(config)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the whole model may not fit on a device
+    with on_cpu():
         blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
         mine = sorted({name for block in blocks for name in blueprint.names(block)})
         parts = jax.device_get({name: new_part(params[name]) for name in mine})
-    on_host = config.idle_blocks == "host" or config.block_parallel
-    parts = replicate(parts, mesh, "pinned_host" if on_host else "device")
+    parts = replicate(parts, mesh, "pinned_host" if rest_on_host(config) else "device")
     loss_fn, ranges = make_objective(config, blueprint)
     parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
     train_step = make_step(config, loss_fn, mean=dataset.mean, std=dataset.std, parallel=parallel)
@@ -110,7 +110,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
         if config.block_parallel:
             model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
         else:
-            model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=config.idle_blocks == "host")
+            model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
         del params, parts  # the model has them now
         feed = make_feed(
             train_source,
@@ -157,12 +157,14 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
             # Evaluation and checkpoints.
             if step == total_steps or step % save_every == 0:
                 progress.flush(step, lr[-1], feed.waited)
+                parts = model.parts()
                 scores = None
                 if whole and (step < total_steps or val_source is not None):
-                    scores = scores_of(model.params(), watched)
+                    scores = scores_of(params_of(parts), watched)
                     progress.evaluated(step, watched_name, scores)
                 kept = _selection(scores) if whole and val_source is not None else None
-                checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card}, kept)
+                checkpoints.save(step, parts, {"config": config.to_dict(), "data": card}, kept)
+                del parts  # copies, where blocks train side by side
         model.wait()
         seconds = time.perf_counter() - began
 
@@ -172,7 +174,7 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
         assert chosen is not None
         result = {"mode": "train", "workdir": str(workdir), "step": total_steps, "checkpoint": chosen}
         if whole:
-            params = checkpoints.restore_params(chosen, model.params())
+            params = checkpoints.restore_params(chosen, params_of(model.parts()))
             test_scores = scores_of(params, test_source)
             if start < total_steps:
                 progress.evaluated(chosen, "test", test_scores)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from saved import state_of
 
 from configs import dblock_digits
 from dblocks_jax.build import Blueprint, make_objective, new_model
@@ -44,17 +45,6 @@ def tiny(**changes):
 
 def run(config, workdir: Path) -> dict:
     return train(config, workdir, command=["launch.py"], overrides={})
-
-
-def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Parameters and moments of a checkpoint, by path."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        trees = {
-            item: checkpointer.restore(workdir.absolute() / "state" / str(step) / item) for item in ("params", "adam")
-        }
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 
 def test_several_devices():

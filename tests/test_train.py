@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from saved import state_of
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax import train as trainer
@@ -32,17 +32,6 @@ def tiny(module, **changes):
 
 def run(config, workdir: Path):
     return train(config, workdir, command=["launch.py"], overrides={})
-
-
-def state_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, by path."""
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        trees = {
-            item: checkpointer.restore(workdir.absolute() / "state" / str(step) / item) for item in ("params", "adam")
-        }
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 
 class Killed(BaseException):
