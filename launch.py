@@ -1,21 +1,24 @@
 """Train, evaluate, and more: python launch.py --config=configs/dblock_digits.py [--config.FIELD=VALUE] [--mode=eval]
 
-Exit codes: 0 done, 1 a mistake in config, data or workdir (one line says which), 2 a mistake in the flags.
+Exit codes: 0 done; 1 a mistake in config, data or workdir (one line says which); 2 a mistake in the flags; 3 something
+could not be saved; 4 the numbers were not finite for too many steps; 75 stopped by a signal with everything saved (the
+same command goes on from there); 130 or 143 after a second signal.
 """
 
 import os
 import sys
 import traceback
 from itertools import pairwise
-from logging import ERROR, WARNING, LogRecord
+from logging import WARNING, LogRecord
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
 from configs import common
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Diverged, Stopped, Unsaved, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
 MODES = {
@@ -84,19 +87,23 @@ def main(argv: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = Path(WORKDIR.value or f"checkpoints/{name}{config.postfix}")
     _log_our_own_lines()
+    _hide_what_is_raised_anyway()
     _keep_compiled_programs()
 
     from dblocks_jax import processes
     from dblocks_jax.evaluate import evaluate_run
     from dblocks_jax.memory import memory_table
     from dblocks_jax.merge import merge
+    from dblocks_jax.stop import Stop
     from dblocks_jax.train import train
     from dblocks_jax.workdir import finish
 
+    stop = Stop()
     try:
         if DISTRIBUTED.value:
             processes.join()
             logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
+        stop.listen()
         if MODE.value == "eval":
             result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
         elif MODE.value == "merge":
@@ -104,27 +111,35 @@ def main(argv: list[str]) -> None:
         elif MODE.value == "memory":
             result = memory_table(config, gib=GIB.value)
         else:
-            result = train(config, workdir, command=sys.argv, overrides=overrides)
+            result = train(config, workdir, command=sys.argv, overrides=overrides, stop=stop)
         finish(workdir, result)
-    except UserError as error:
-        processes.end_all(f"launch.py: {error}")
-        sys.exit(_complain(error, code=1))
+    except (UserError, Unsaved, Diverged, Stopped) as end:
+        processes.end_all(f"launch.py: {end}", end.exit_code)
+        sys.exit(_complain(end, end.exit_code))
     except BaseException:
-        processes.end_all(traceback.format_exc())
+        processes.end_all(traceback.format_exc(), 1)
         raise
 
 
 def _log_our_own_lines() -> None:
-    """Libraries log through absl too: of theirs, show warnings only, and of Orbax's, which warns of nothing, errors."""
+    """Libraries log through absl too: of theirs, show warnings only, and of Orbax's nothing: it raises as well."""
     logging.set_verbosity(logging.INFO)
     package = str(Path(dblocks_jax.__file__).parent)
 
     def is_ours_or_matters(record: LogRecord) -> bool:
-        return record.pathname.startswith(package) or record.levelno >= (
-            ERROR if "orbax" in record.pathname else WARNING
-        )
+        return record.pathname.startswith(package) or (record.levelno >= WARNING and "orbax" not in record.pathname)
 
     logging.get_absl_handler().addFilter(is_ours_or_matters)
+
+
+def _hide_what_is_raised_anyway() -> None:
+    """When one file of a checkpoint cannot be read, TensorStore's other reads find Orbax's event loop closed."""
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _keep_compiled_programs() -> None:

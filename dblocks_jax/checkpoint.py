@@ -1,66 +1,86 @@
-"""Checkpoints through Orbax: latest and best, written while training goes on, explained when they do not fit."""
+"""Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Unusable, UserError
 from dblocks_jax.optimizer import Params, Part, params_of
+from dblocks_jax.processes import are_several, is_first
 
-FOLDER = "state"  # inside the workdir
+FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
 PARAMS, ADAM, RUN = "params", "adam", "run"
-LATEST_KEPT = 2  # should the newest be damaged, a person can delete it and go on from the one before
+FORMAT = 2  # of checkpoints; format 1 had no checksums
+LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, by step. As a context manager it waits for writes and raises their errors.
+    """The checkpoints of one workdir, by step. As a context manager it waits for writes.
 
-    The `save_top_k` best by `top1` of the metrics they were saved with are kept besides the latest.
+    A save that fails is logged at once and listed in `failed`; training may go on, and the checkpoints before it are
+    intact. Besides the latest, the `save_top_k` best by `scores` (step -> validation accuracy, may grow) are kept.
     """
 
-    def __init__(self, workdir: Path, *, save_top_k: int = 0, read_only: bool = False):
+    def __init__(
+        self, workdir: Path, *, scores: Mapping[int, float] | None = None, save_top_k: int = 0, read_only: bool = False
+    ):
+        self.failed: dict[int, str] = {}  # step -> why it could not be saved
+        self._workdir = workdir
+        self._folder = (workdir / FOLDER).absolute()
+        self._scores = {} if scores is None else scores
+        self._save_top_k = save_top_k
+        self._read_only = read_only
+        self._taken_over: set[int] = set()  # steps that were saved or restored here
+        self._latest_save = 0
+        self._manager: Any = self._open()
+
+    def _open(self) -> Any:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        def top1(metrics: dict[str, float]) -> float:
-            return metrics["top1"]
-
-        best = policies.BestN(get_metric_fn=top1, n=save_top_k, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            create=not read_only,
-            read_only=read_only,
-            best_fn=top1 if read_only or save_top_k else None,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(LATEST_KEPT), best]),
-            save_decision_policy=policies.FixedIntervalPolicy(1),
-        )
         self._ocp = ocp
-        self._workdir = workdir
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,  # what a killed process left behind
+            preservation_policy=_LatestAndBest(self._scores, self._save_top_k),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            # Asynchronously, Orbax waits 20 minutes for a folder that cannot be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
             RUN: ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
 
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; None where there is none."""
-        return self._manager.latest_step()
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return saved_steps(self._workdir)
 
-    def best(self) -> int | None:
-        """Step of the best checkpoint, or the newest where none has metrics."""
-        best = self._manager.best_step()
-        return self.latest() if best is None else best
+    def holds(self, step: int) -> bool:
+        """Whether the state at `step` is safe: on disk, or that of the start. From any thread."""
+        return step == 0 or (self._folder / str(step)).is_dir()
+
+    def best(self) -> list[int]:
+        """Steps of the checkpoints that have a score, the best first."""
+        return _ranked(self.steps(), self._scores)
 
     def find(self, which: str) -> int:
         """The step that "best", "last" or a number names.
@@ -68,96 +88,212 @@ class Checkpoints:
         Raises:
           UserError: there is no checkpoint, or not that one.
         """
-        steps = self._manager.all_steps()
+        steps = self.steps()
         if not steps:
             raise UserError(f"{self._workdir} holds no checkpoint yet: train it first")
-        found = {"best": self.best(), "last": self.latest()}.get(which, int(which) if which.isdecimal() else None)
-        if found is None or found not in steps:
+        found = {"best": [*self.best(), steps[-1]][0], "last": steps[-1]}.get(
+            which, int(which) if which.isdecimal() else None
+        )
+        if found not in steps:
             raise UserError(f"{self._workdir} has no checkpoint {which!r}; choose best, last or one of {steps}")
         return found
 
-    def wait(self) -> None:
-        """Return when everything is on disk; raises what went wrong."""
-        self._manager.wait_until_finished()
-
-    def save(self, step: int, parts: dict[str, Part], run: dict[str, Any], metrics: dict[str, float] | None) -> None:
+    def save(self, step: int, parts: dict[str, Part], run: dict[str, Any]) -> None:
         """Write parameters, optimizer state and what `run` tells; returns before all is on disk.
 
-        Data and random numbers are functions of the step, so nothing of them is kept.
-
-        The arrays may be donated as soon as this returns. A step that is there already is left as it is.
+        Data and random numbers are functions of the step, so nothing of them is kept. The arrays may be donated as soon
+        as this returns. A step that was saved or restored here is left as it is.
         """
-        if step in self._manager.all_steps():
+        if step in self._taken_over:
             return
-        save = self._ocp.args.StandardSave
-        items = {
-            PARAMS: save(params_of(parts)),
-            ADAM: save({name: part.adam for name, part in parts.items()}),
-            RUN: self._ocp.args.JsonSave(run),
-        }
-        self._manager.save(step, args=self._ocp.args.Composite(**items), metrics=metrics)
+        self.wait()
+        self._taken_over.add(step)
+        trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        record = {**run, "format": FORMAT, "checksums": {item: _checksums(tree) for item, tree in trees.items()}}
+        items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
+        with self._noting_failure(step):
+            if self._manager is None:
+                self._manager = self._open()
+            self._latest_save = step
+            self._manager.save(step, args=self._ocp.args.Composite(**items, **{RUN: self._ocp.args.JsonSave(record)}))
+
+    def look(self) -> None:
+        """Notice a save that has failed meanwhile. Does not wait."""
+        if self._manager is not None:
+            with self._noting_failure(self._latest_save):
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._manager is not None:
+            with self._noting_failure(self._latest_save):
+                self._manager.wait_until_finished()
+
+    @contextmanager
+    def _noting_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the file system, by way of Orbax or TensorStore, which raise many types
+            if self._read_only or are_several():  # of several processes some may have succeeded: they must all end
+                raise
+            reason = _brief(error)
+            self.failed[step] = reason
+            logging.error("cannot save step %d in %s; what was saved before is intact (%s)", step, self._folder, reason)
+            with suppress(Exception):
+                self._manager.close()
+            self._manager = None  # it may take the failed checkpoint for one that is there
+            self._taken_over.discard(step)
+
+    def resume(self, parts: dict[str, Part]) -> tuple[int, dict[str, Part], dict[str, Any]]:
+        """(step, parts, run) of the newest checkpoint that is sound, shaped and placed like `parts`.
+
+        Step 0, `parts` and {} where there is none. Newer ones that cannot be used are moved to DAMAGED, and named.
+
+        Raises:
+          UserError: none of the checkpoints can be used.
+        """
+        unusable: dict[int, Unusable] = {}
+        for step in reversed(self.steps()):
+            try:
+                run = self.run(step)
+                restored = self.restore(step, parts)
+            except Unusable as error:
+                unusable[step] = error
+                continue
+            for newer, error in unusable.items():
+                logging.error("%s. It is moved to %s", error, self._set_aside(newer))
+            self._taken_over.add(step)
+            return step, restored, run
+        if unusable:
+            raise UserError(
+                "; ".join(map(str, unusable.values()))
+                + f". No other is left: restore one, or delete {self._workdir} to start anew"
+            )
+        return 0, parts, {}
+
+    def _set_aside(self, step: int) -> Path:
+        folder = self._workdir / DAMAGED
+        count = len(list(folder.glob("*"))) if folder.is_dir() else 0
+        place = folder / f"{step}_{count}"
+        if is_first():
+            folder.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(place)
+            self._manager.reload()
+        return place
 
     def restore(self, step: int, parts: dict[str, Part]) -> dict[str, Part]:
         """The parts as saved at `step`, shaped and placed like `parts`.
 
         Raises:
-          UserError: the checkpoint holds other parameters.
+          Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        params = params_of(parts)
-        adam = {name: part.adam for name, part in parts.items()}
-        self._check_fits(step, params)
-        items = {PARAMS: self._like(params), ADAM: self._like(adam)}
-        restored = self._read(step, **items)
+        wanted = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        restored = self._restore(step, wanted)
         return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
-
-    def run(self, step: int) -> dict[str, Any]:
-        """What a checkpoint knows of its run: the `run` it was saved with."""
-        return self._read(step, **{RUN: self._ocp.args.JsonRestore()})[RUN]
 
     def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
         """The parameters alone, shaped and placed like `params`.
 
         Raises:
-          UserError: the checkpoint holds other parameters.
+          Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        self._check_fits(step, params)
-        return self._read(step, **{PARAMS: self._like(params)})[PARAMS]
+        return self._restore(step, {PARAMS: params})[PARAMS]
 
-    def _read(self, step: int, **items: Any) -> Any:
+    def run(self, step: int) -> dict[str, Any]:
+        """What a checkpoint knows of its run: the `run` it was saved with.
+
+        Raises:
+          Unusable: it is damaged, or of another format.
+        """
         with self._naming_what_is_damaged(step):
-            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+            run = self._manager.restore(step, args=self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()}))[RUN]
+            found = run.get("format", 1)
+        if found != FORMAT:
+            raise Unusable(
+                f"the checkpoint {self._folder / str(step)} has format {found}, but this version of the program reads "
+                f"format {FORMAT}: use the version that wrote it"
+            )
+        return run
+
+    def _restore(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        checksums = self.run(step)["checksums"]
+        with self._naming_what_is_damaged(step):
+            metadata = self._manager.item_metadata(step)
+            found = {item: _shapes(metadata[item].tree) for item in wanted}
+        for item, tree in wanted.items():
+            differing = differences(expected=_shapes(tree), found=found[item])
+            if differing:
+                raise Unusable(
+                    f"checkpoint {step} of {self._workdir} does not fit this model:\n  " + "\n  ".join(differing)
+                )
+        with self._naming_what_is_damaged(step):
+            like = {item: jax.tree.map(self._ocp.utils.to_shape_dtype_struct, tree) for item, tree in wanted.items()}
+            items = {item: self._ocp.args.StandardRestore(tree) for item, tree in like.items()}
+            read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+            restored = {item: read[item] for item in wanted}
+            for item in wanted:
+                for name, checksum in _checksums(restored[item]).items():
+                    if checksum != checksums[item][name]:
+                        raise ValueError(f"{item} of {name} are not what was saved")
+        return restored
 
     @contextmanager
     def _naming_what_is_damaged(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            folder = self._workdir / FOLDER / str(step)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise UserError(
-                f"the checkpoint {folder} cannot be read: delete the folder to go on from the one before ({reason})"
-            ) from error
+        except (MemoryError, jax.errors.JaxRuntimeError):  # no room to read it
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise Unusable(f"the checkpoint {self._folder / str(step)} is damaged ({_brief(error)})") from error
 
-    def _like(self, tree: Any) -> Any:
-        return self._ocp.args.StandardRestore(jax.tree.map(self._ocp.utils.to_shape_dtype_struct, tree))
 
-    def _check_fits(self, step: int, params: dict[str, Params]) -> None:
-        with self._naming_what_is_damaged(step):
-            found = _shapes(self._manager.item_metadata(step)[PARAMS].tree)
-        differing = differences(expected=_shapes(params), found=found)
-        if differing:
-            raise UserError(
-                f"checkpoint {step} of {self._workdir} does not fit this model:\n  " + "\n  ".join(differing)
-            )
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a workdir, ascending. What is being written has another name."""
+    folder = workdir / FOLDER
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+class _LatestAndBest:
+    """Which checkpoints Orbax keeps."""
+
+    def __init__(self, scores: Mapping[int, float], save_top_k: int):
+        self._scores = scores
+        self._save_top_k = save_top_k
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        del context
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-LATEST_KEPT:], *_ranked(steps, self._scores)[: self._save_top_k]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _ranked(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
+    """Those that have a score, the best first; of equal ones the later."""
+    return sorted((step for step in steps if step in scores), key=lambda step: (-scores[step], -step))
+
+
+def _checksums(tree: dict[str, Any]) -> dict[str, int]:
+    """CRC-32 of each part's arrays, bit for bit. Waits for them."""
+
+    def checksum(part: Any) -> int:
+        leaves = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(part))
+        crc = 0
+        for _, leaf in leaves:
+            crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
+        return crc
+
+    return {name: checksum(part) for name, part in tree.items()}
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _shapes(tree: Any) -> dict[str, str]:
     """Path of each leaf -> its dtype and shape. Orbax turns list indices and integer keys into strings: so do we."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
     return {
-        "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path): (
-            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        )
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
         for path, leaf in leaves
     }
 

@@ -35,6 +35,7 @@ POSITIVE = (
     "image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks",
     "sigma_min", "sigma_max", "sigma_data", "p_std", "num_epochs", "batch_size", "accumulate_grad_batches",
     "clip_norm", "chunk_steps", "steps_per_call", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
+    "max_bad_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
@@ -46,8 +47,8 @@ SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep th
 
 # Fields that the parameters do not depend on: a resumed run may change them.
 FREE_TO_CHANGE = (
-    "data_dir", "eval_batch_size", "idle_blocks", "log_every_n_steps", "postfix", "save_every_n_epochs", "save_top_k",
-    "steps_per_call",
+    "data_dir", "eval_batch_size", "idle_blocks", "log_every_n_steps", "max_bad_steps", "postfix",
+    "save_every_n_epochs", "save_top_k", "steps_per_call",
 )  # fmt: skip
 # Fields that only the sampler reads: `--mode=eval` may change them too.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")

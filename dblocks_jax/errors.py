@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""How a run may end early: each exception is one line for the user and an exit code of its own."""
 
 
 class UserError(Exception):
@@ -6,3 +6,27 @@ class UserError(Exception):
 
     The message says what is wrong, where (field, path, class), and what to do about it.
     """
+
+    exit_code = 1
+
+
+class Unusable(UserError):
+    """A checkpoint that cannot be used: damaged, of another model, or of another version of this program."""
+
+
+class Unsaved(Exception):
+    """The run went on, but something of it could not be written: it is named, and what was there before is intact."""
+
+    exit_code = 3
+
+
+class Diverged(Exception):
+    """Training stopped, for the numbers of one step after another were not finite."""
+
+    exit_code = 4
+
+
+class Stopped(Exception):
+    """A signal asked for the end: the state is saved, and the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

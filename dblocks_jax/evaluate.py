@@ -1,6 +1,7 @@
 """Score a classifier on a split: every image exactly once, whatever the batch size."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dblocks_jax.devices import DATA, gather, make_mesh, on_cpu, replicate, shar
 from dblocks_jax.errors import UserError
 from dblocks_jax.optimizer import Params
 from dblocks_jax.processes import check_alike, first_process_first
+from dblocks_jax.workdir import scores
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     mesh = make_mesh()
-    with Checkpoints(workdir, read_only=True) as checkpoints:
+    with Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints:
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
         config = for_evaluation(run["config"], overrides, config)
@@ -67,23 +69,31 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         params = checkpoints.restore_params(step, replicate(params, mesh, memory))
     classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
     with arithmetic(config):
-        scores = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
+        found = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
     sampler = {field: config[field] for field in SAMPLER_FIELDS} if config.model_type == "dblock" else {}
-    return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **scores, "sampler": sampler}
+    return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **found, "sampler": sampler}
 
 
 def evaluate(
-    classify: Classifier, params: dict[str, Params], source: Source, *, batch_size: int, mesh: Mesh
+    classify: Classifier,
+    params: dict[str, Params],
+    source: Source,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    at_each_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Metrics of one split, as `metrics` returns them. The batch is rounded up to a multiple of the devices.
 
-    Each process reads and classifies its part of a batch, and gets the results of all.
+    Each process reads and classifies its part of a batch, and gets the results of all. What `at_each_batch` raises ends
+    it.
     """
     count = mesh.shape[DATA]
     batch_size = math.ceil(min(batch_size, len(source)) / count) * count
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     results = []
     for batch in eval_batches(source, batch_size=batch_size, **share):
+        at_each_batch()
         on_device = shard({name: batch[name] for name in ("image", "position")}, mesh)
         logits = classify(params, on_device["image"], on_device["position"])
         results.append(gather(summarize(logits), mesh))

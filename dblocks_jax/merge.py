@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from dblocks_jax import workdir as run_folder
 from dblocks_jax.build import Blueprint, new_model
-from dblocks_jax.checkpoint import FOLDER, Checkpoints
+from dblocks_jax.checkpoint import FOLDER, Checkpoints, saved_steps
 from dblocks_jax.config import FREE_TO_CHANGE, architecture, count_steps, find_dataset, trained_blocks
 from dblocks_jax.devices import on_cpu
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Unsaved, UserError
 from dblocks_jax.optimizer import Part, new_part
 
 OF_A_PART = ("train_blocks", *FREE_TO_CHANGE)  # fields in which the parts of one model may differ
@@ -28,7 +28,7 @@ def merge(
     Raises:
       UserError: a part is missing, double, unfinished or of another model; or `workdir` holds a run already.
     """
-    if (workdir / FOLDER).exists():
+    if saved_steps(workdir):
         raise UserError(f"{workdir} holds a run already: name another --workdir for the merged one, or delete it")
     runs = {source: _read(source) for source in sources}
     first, (config, card, _) = next(iter(runs.items()))
@@ -56,9 +56,13 @@ def merge(
             with Checkpoints(source, read_only=True) as checkpoints:
                 parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
     steps = count_steps(whole, card["images"]).steps
-    run_folder.open_run(workdir, whole.to_dict(), card, command=command, overrides={})
-    with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(steps, parts, {"config": whole.to_dict(), "data": card}, None)
+    with run_folder.claim(workdir):
+        run_folder.open_run(workdir, whole.to_dict(), card, command=command, overrides={})
+        with Checkpoints(workdir) as checkpoints:
+            checkpoints.save(steps, parts, {"config": whole.to_dict(), "data": card})
+            checkpoints.wait()
+            if why := checkpoints.failed.get(steps):
+                raise Unsaved(f"the merged model could not be saved in {workdir}: {why}")
     count = sum(leaf.size for part in parts.values() for leaf in jax.tree.leaves(part.params))
     blocks = {str(block): str(owner[block]) for block in sorted(owner)}
     return {"mode": "merge", "workdir": str(workdir), "checkpoint": steps, "parameters": count, "blocks": blocks}

@@ -15,6 +15,7 @@ from dblocks_jax.models.dblock_vit import Block, Shared
 from dblocks_jax.optimizer import Params
 
 Metrics = dict[str, Float[Array, ""]]
+WORST_SIGMA = "worst_sigma"  # metric: the noise level of the sample with the largest cross-entropy, or one not finite
 
 
 def plain_loss(
@@ -43,7 +44,13 @@ def denoising_loss(
     logits = denoise(shared, block, images, z, sigma, sigma_data=sigma_data, key=key)
     ce = cross_entropy(logits, labels)
     loss = weighted_loss(ce, loss_weight(sigma, sigma_data), weighting)
-    return loss, {"ce": jnp.mean(ce), "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+    accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
+    return loss, {"ce": jnp.mean(ce), "accuracy": accuracy, WORST_SIGMA: sigma[worst(ce)]}
+
+
+def worst(losses: Float[Array, " n"]) -> Int[Array, ""]:
+    """Index of the first loss that is not finite, else of the largest."""
+    return jnp.argmax(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
 
 
 @dataclass(frozen=True)

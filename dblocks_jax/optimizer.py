@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dblocks_jax.errors import UserError
 
@@ -35,6 +36,15 @@ def new_part(params: Params) -> Part:
     return Part(params, adam)
 
 
+# (gradients, whether they are finite) -> (the gradients to apply, whether to apply them, part by part)
+Combine = Callable[[tuple[Params, ...], Bool[Array, ""]], tuple[tuple[Params, ...], tuple[Bool[Array, ""], ...]]]
+
+
+def _alone(grads: tuple[Params, ...], is_sound: Bool[Array, ""]):
+    """Nobody else trains at the same time."""
+    return grads, (is_sound,) * len(grads)
+
+
 def adamw(
     parts: tuple[Part, ...],
     grads: tuple[Params, ...],
@@ -42,23 +52,27 @@ def adamw(
     lr: Float[Array, ""],
     weight_decay: float,
     clip_norm: float,
-    combine: Callable[[tuple[Params, ...]], tuple[Params, ...]] = lambda grads: grads,
+    is_sound: Bool[Array, ""] | bool = True,
+    combine: Combine = _alone,
 ) -> tuple[tuple[Part, ...], Float[Array, ""]]:
     """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
 
-    Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). `combine` is applied to the clipped
-    gradients: where others train at the same time, their gradients of common parts come in here.
+    Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). Without `is_sound`, or where the norm is
+    not finite, nothing changes. `combine` is applied to the clipped gradients: where others train at the same time,
+    their gradients of common parts come in here.
     """
     norm = optax.tree.norm(grads)
+    is_sound = is_sound & jnp.isfinite(norm)
     # The tiny constant is PyTorch's, so that clipped runs match the reference to the last digits.
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
-    clipped = combine(jax.tree.map(lambda g: g * scale, grads))
+    clipped, sound = combine(jax.tree.map(lambda g: g * scale, grads), is_sound)
     updated = []
-    for part, grad in zip(parts, clipped, strict=True):
+    for part, grad, is_part_sound in zip(parts, clipped, sound, strict=True):
         direction, adam = ADAM.update(grad, part.adam)
         assert isinstance(adam, optax.ScaleByAdamState)
         params = jax.tree.map(lambda p, d: p - lr * (d + weight_decay * p), part.params, direction)
-        updated.append(Part(params, adam))
+        changed = Part(params, adam)
+        updated.append(jax.tree.map(partial(jnp.where, is_part_sound), changed, part))
     return tuple(updated), norm
 
 

@@ -23,7 +23,7 @@ MEET_SECONDS = 120  # how long to wait for the others at the start
 SILENCE_SECONDS = 30  # a process unheard of for so long is dead, and the others end
 WATCH_SECONDS = 1
 FOR_EVER = 7 * 24 * 3600 * 1000  # milliseconds: whoever fails ends all, so nobody waits in vain
-FAILED = "dblocks_jax/failed/"
+FAILED, STOP, PUBLISHED = "dblocks_jax/failed/", "dblocks_jax/stop/", "dblocks_jax/published/"
 
 
 def join() -> None:
@@ -51,6 +51,38 @@ def join() -> None:
 def is_first() -> bool:
     """Whether this process writes, prints and downloads for all."""
     return distributed.global_state.process_id == 0
+
+
+def are_several() -> bool:
+    """Whether this job has processes that know of each other."""
+    return distributed.global_state.client is not None
+
+
+def announce_stop() -> None:
+    """Tell all processes that one of them was asked to stop."""
+    if client := distributed.global_state.client:
+        client.key_value_set(f"{STOP}asked", "", allow_overwrite=True)
+
+
+def is_stop_announced() -> bool:
+    """Whether any process announced a stop."""
+    client = distributed.global_state.client
+    return client is not None and bool(client.key_value_dir_get(STOP))
+
+
+def publish(number: int) -> None:
+    """Tell all processes a number, once."""
+    if client := distributed.global_state.client:
+        client.key_value_set(f"{PUBLISHED}{distributed.global_state.process_id}", str(number))
+
+
+def largest_published() -> int:
+    """The largest of all processes' numbers; waits until each has published one. 0 in a job of one process."""
+    client = distributed.global_state.client
+    if client is None:
+        return 0
+    keys = [f"{PUBLISHED}{index}" for index in range(distributed.global_state.num_processes)]
+    return max(int(client.blocking_key_value_get(key, FOR_EVER)) for key in keys)
 
 
 def check_alike(what: str, value: Any) -> None:
@@ -85,8 +117,8 @@ def _wait_for_all(what: str) -> None:
         client.wait_at_barrier(f"dblocks_jax/{what}", FOR_EVER)
 
 
-def end_all(message: str) -> None:
-    """End every process of the job with exit code 1, with the message of whoever failed first.
+def end_all(message: str, code: int) -> None:
+    """End every process of the job, with the message and exit code of whoever failed first.
 
     Returns only in a job of one process. Otherwise a process that leaves would wait for the others at the exit of
     `jax.distributed`, and they for it in a collective.
@@ -95,31 +127,33 @@ def end_all(message: str) -> None:
     if client is None:
         return
     try:
-        client.key_value_set(f"{FAILED}first", "")
+        client.key_value_set(f"{FAILED}first", str(code))
     except Exception as error:  # refused where the key is set already; else the service is gone, and this may be why
         first = "ALREADY_EXISTS" not in str(error)
     else:
         first = True
     if first:
         print(message, file=sys.stderr, flush=True)
-    _leave(client)
+    _leave(client, code)
 
 
 def _end_when_another_fails() -> None:
     with contextlib.suppress(Exception):  # the client is gone: this process has ended well
         while client := distributed.global_state.client:
             if client.key_value_dir_get(FAILED):
-                _leave(client)
+                _leave(client, code=1)
             time.sleep(WATCH_SECONDS)
 
 
-def _leave(client: Any) -> None:
+def _leave(client: Any, code: int) -> None:
+    with contextlib.suppress(Exception):
+        code = int(client.key_value_dir_get(FAILED)[0][1])  # of whoever failed first
     with contextlib.suppress(Exception):
         client.wait_at_barrier(FAILED, 5000)
     if is_first():
         time.sleep(0.5)  # the service lives in this process, and others abort with a stack trace when it is gone
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _number(name: str) -> int | None:

@@ -10,26 +10,40 @@ import jax
 import numpy as np
 from absl import logging
 
-from dblocks_jax.step import Log
-from dblocks_jax.workdir import METRICS, append_json
+from dblocks_jax.health import Health
+from dblocks_jax.objective import WORST_SIGMA
+from dblocks_jax.pace import is_home
+from dblocks_jax.step import SKIPPED, Log
+from dblocks_jax.workdir import METRICS, Journal
 
 WINDOWS_AHEAD = 2  # how far the host may run ahead of the device before it waits, so that batches cannot pile up
 
 
-Entry = tuple[tuple[int, ...], int, Log]  # blocks, number of steps, their metrics
+Entry = tuple[int, tuple[int, ...], int, Log]  # number of the first step, blocks, number of steps, their metrics
 
 
 class Progress:
     """Collects each step's metrics and logs means by block for every window of `log_every` steps."""
 
-    def __init__(self, workdir: Path, *, total_steps: int, steps_per_epoch: int, log_every: int, images_per_step: int):
-        self._path = workdir / METRICS
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        log_every: int,
+        images_per_step: int,
+        health: Health,
+    ):
+        self._journal = Journal(workdir / METRICS)
+        self._health = health
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._log_every = log_every
         self._images_per_step = images_per_step
         self._window: list[Entry] = []
         self._closed: deque[tuple[int, float, float, list[Entry]]] = deque()
+        self._latest = (0, 0.0, 0.0)  # step, lr, waited
         self._waited = 0.0  # of the feed, when the last window was closed
         # Where the clock of the throughput stands. It starts with the first window that has come home, so that
         # compilation is not counted.
@@ -40,22 +54,34 @@ class Progress:
 
         Each metric is [k] for one block or [blocks, k] for several, of which the first `count` columns count. `lr` is
         that of the last step, `waited` the seconds that all steps so far have waited for images.
+
+        Raises:
+          Diverged: see `Health`.
         """
-        self._window.append((blocks, count, metrics))
+        self._window.append((step - count + 1, blocks, count, metrics))
+        self._latest = (step, lr, waited)
         if step % self._log_every == 0:
-            self._close(step, lr, waited)
+            self._close(*self._latest)
         home = 0
         while home < len(self._closed) and (
-            len(self._closed) - home > WINDOWS_AHEAD or _is_ready(self._closed[home][-1])
+            len(self._closed) - home > WINDOWS_AHEAD or is_home(self._closed[home][-1][-1][-1])
         ):
             home += 1
         self._write_first(home)
 
-    def flush(self, step: int, lr: float, waited: float) -> None:
+    def flush(self) -> None:
         """Write everything that is left, waiting for it."""
         if self._window:
-            self._close(step, lr, waited)
+            self._close(*self._latest)
         self._write_first(len(self._closed))
+
+    def unsaved(self) -> list[str]:
+        """What could not be written of the log, in words."""
+        try:
+            self._journal.flush()
+        except OSError as error:
+            return [f"{METRICS}: {error.strerror}"]
+        return []
 
     def _close(self, step: int, lr: float, waited: float) -> None:
         self._closed.append((step, lr, waited - self._waited, self._window))
@@ -63,7 +89,7 @@ class Progress:
 
     def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
         """Record an evaluation, and start the clock anew after it."""
-        append_json(self._path, {"step": step, "split": split, **scores})
+        self._journal.add({"step": step, "split": split, **scores})
         by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
         logging.info("step %d: %s top1 %.4f (after each denoising step: %s)", step, split, scores["top1"], by_step)
         self._since = None if self._since is None else (self._since[0], time.perf_counter())
@@ -88,12 +114,16 @@ class Progress:
         self, step: int, lr: float, window: list[Entry], steps_per_second: float | None, share_waited: float | None
     ) -> None:
         by_block: dict[int, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-        for blocks, count, metrics in jax.device_get(window):
-            for name, values in metrics.items():
-                for block, of_block in zip(blocks, np.reshape(values, (len(blocks), -1)), strict=True):
-                    by_block[block][name].append(of_block[:count])
+        skipped = []
+        for first_step, blocks, count, metrics in jax.device_get(window):
+            values = {name: np.reshape(value, (len(blocks), -1))[:, :count] for name, value in metrics.items()}
+            for i, block in enumerate(blocks):
+                of_block = {name: value[i] for name, value in values.items()}
+                skipped += self._health.take(first_step, block, of_block)
+                for name in of_block.keys() - {SKIPPED, WORST_SIGMA}:
+                    by_block[block][name].append(of_block[name][of_block[SKIPPED] == 0])
         means = {
-            str(block): {name: float(np.mean(np.concatenate(values))) for name, values in by_block[block].items()}
+            str(block): {name: _mean(np.concatenate(values)) for name, values in sorted(by_block[block].items())}
             for block in sorted(by_block)
         }
         epoch = step / self._steps_per_epoch
@@ -104,18 +134,19 @@ class Progress:
             rate = f"  {images_per_second:.0f} images/s, {left} left"
             rate += f", {share_waited:.1%} waiting for images" if share_waited else ""
         line = {"step": step, "epoch": epoch, "lr": lr, "images_per_second": images_per_second}
-        append_json(self._path, {**line, "input_wait": share_waited, "blocks": means})
+        line |= {"input_wait": share_waited, "blocks": means}
+        self._journal.add(line | {"skipped": skipped} if skipped else line)
         blocks = "  ".join(
             f"[{block}] loss {mean['loss']:.4g} ce {mean['ce']:.4f} acc {mean['accuracy']:.3f}"
             for block, mean in means.items()
         )
         logging.info("step %d/%d epoch %.1f  %s%s", step, self._total_steps, epoch, blocks, rate)
-        if not all(math.isfinite(mean["loss"]) for mean in means.values()):
-            logging.warning("the loss is not finite: try a smaller lr, more num_warmup_steps, or a larger sigma_min")
+        self._health.check()
 
 
-def _is_ready(window: list[Entry]) -> bool:
-    return all(value.is_ready() for value in window[-1][-1].values())  # pyright: ignore[reportAttributeAccessIssue]
+def _mean(values: np.ndarray) -> float:
+    """The mean of the steps that counted; not a number where all were skipped."""
+    return float(np.mean(values)) if values.size else math.nan
 
 
 def _clock(seconds: float) -> str:

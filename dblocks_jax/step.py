@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from dblocks_jax.augment import augment, normalize
 from dblocks_jax.devices import BLOCK
 from dblocks_jax.diffusion.noise import SigmaRange
-from dblocks_jax.objective import Metrics
+from dblocks_jax.objective import WORST_SIGMA, Metrics, worst
 from dblocks_jax.optimizer import Params, Part, adamw
 from dblocks_jax.streams import stream
 
 # (params of each part, images, labels, key, noise range or None) -> (loss, metrics)
 LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
+SKIPPED = "skipped"  # metric: 1 where a step changed nothing, for its loss or gradient was not finite
 Log = dict[str, Float[Array, "*blocks k"]]  # the metrics of k steps
 
 
@@ -81,12 +82,13 @@ def make_train_step(
     `parts` holds only what these steps train and is donated; every other parameter is out of its reach, so it cannot
     move, decay or count. A batch has accumulate * b images; the gradient is the mean over micro-batches of b. Parts of
     equal shapes share one compilation, whichever block they are. Random numbers are a function of (seed, block,
-    position), not of how many steps one call makes.
+    position), not of how many steps one call makes. A step whose loss or gradient is not finite changes nothing, and
+    says so in the metric SKIPPED.
 
     With `parallel` one call trains all blocks, each on its own devices: see `Parallel`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    combine = (lambda grads: grads) if parallel is None else parallel.combine
+    together = {} if parallel is None else {"combine": parallel.combine}
 
     def gradient(
         params: tuple[Params, ...],
@@ -111,10 +113,12 @@ def make_train_step(
             grads, metrics = gradient(params, images, labels, key, steps.within)
         else:
             grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps.within)
+        is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
-            parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm, combine=combine
-        )
-        return updated, {**metrics, "grad_norm": norm}
+            parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
+            is_sound=is_sound, **together,
+        )  # fmt: skip
+        return updated, {**metrics, "grad_norm": norm, SKIPPED: 1.0 - (is_sound & jnp.isfinite(norm))}
 
     def train_steps(parts: tuple[Part, ...], data: Resident | Streamed, steps: Steps) -> tuple[tuple[Part, ...], Log]:
         if isinstance(data, Streamed):
@@ -147,9 +151,12 @@ class Parallel:
     mesh: Mesh
     isolated: bool
 
-    def combine(self, grads: tuple[Params, ...]) -> tuple[Params, ...]:
-        """The gradients that all blocks agree on."""
-        return grads if self.isolated else (jax.lax.pmean(grads[0], BLOCK), *grads[1:])
+    def combine(self, grads: tuple[Params, ...], is_sound: Bool[Array, ""]) -> Any:
+        """The gradients that all blocks agree on, and whether to apply them: common ones if those of all are finite."""
+        if self.isolated:
+            return grads, (is_sound,) * len(grads)
+        all_sound = jax.lax.pmin(is_sound.astype(jnp.int32), BLOCK) > 0
+        return (jax.lax.pmean(grads[0], BLOCK), *grads[1:]), (all_sound, *[is_sound] * (len(grads) - 1))
 
     def spread(self, train_steps: TrainStep) -> TrainStep:
         """`train_steps` of one block, made to run for each block on the devices that hold it."""
@@ -189,9 +196,11 @@ def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, 
     keys = jax.random.split(key, accumulate)
 
     def add(total, micro):
-        result = gradient(params, *micro, within)
-        return jax.tree.map(lambda t, r: t + r / accumulate, total, result), None
+        grads, metrics = gradient(params, *micro, within)
+        return jax.tree.map(lambda t, g: t + g / accumulate, total, grads), metrics
 
-    shapes = jax.eval_shape(gradient, params, micro_images[0], micro_labels[0], keys[0], within)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, (micro_images, micro_labels, keys))[0]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, (micro_images, micro_labels, keys))
+    of_worst = worst(metrics["loss"])
+    means = {name: values[of_worst] if name == WORST_SIGMA else jnp.mean(values) for name, values in metrics.items()}
+    return grads, means

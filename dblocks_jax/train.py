@@ -1,6 +1,7 @@
 """Training from start to end: data, model, resume, steps, evaluation, checkpoints. Read it top to bottom."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,49 @@ from dblocks_jax.config import (
     schedule,
     trained_blocks,
 )
+from dblocks_jax.datasets import Source
 from dblocks_jax.devices import check_batch_size, make_mesh, on_cpu, replicate
 from dblocks_jax.diffusion.noise import stack_ranges
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.evaluate import evaluate
 from dblocks_jax.feed import make_feed
-from dblocks_jax.optimizer import new_part, params_of
+from dblocks_jax.health import Health
+from dblocks_jax.optimizer import Params, new_part, params_of
+from dblocks_jax.pace import Pace
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.progress import Progress
 from dblocks_jax.residence import OneAtATime, SideBySide
 from dblocks_jax.step import Parallel, Steps
+from dblocks_jax.stop import Stop
 
 
-def train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any], stop: Stop | None = None
+) -> dict[str, Any]:
     """Train the run in `workdir` from where it stands to its end, and score it on the test split.
 
     Raises:
       UserError: config, data or workdir do not fit. Nothing has been compiled or written then, except that a checkpoint
-        which cannot be read is found when the start is on record already.
+        which cannot be read is found when the start is on record already, and an image may become unreadable later:
+        then the state has been saved.
+      Stopped: `stop` was asked for; the state has been saved.
+      Diverged: too many steps in a row had numbers that are not finite.
+      Unsaved: what a `Stopped` or unreadable image ended could not be saved.
     """
     check_config(config)
-    with arithmetic(config):
-        return _train(config, workdir, command=command, overrides=overrides)
+    with arithmetic(config), ExitStack() as held:
+        return _train(config, workdir, held, command=command, overrides=overrides, stop=stop or Stop())
 
 
-def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any]) -> dict[str, Any]:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    held: ExitStack,
+    *,
+    command: list[str],
+    overrides: dict[str, Any],
+    stop: Stop,
+) -> dict[str, Any]:
     # Checks that need no data.
     mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
     check_batch_size("batch_size", config.batch_size, mesh)
@@ -89,53 +108,90 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
 
     # Some blocks alone cannot classify: a run of theirs is merged with the others' before it is scored.
     whole = config.model_type == "vit" or len(blocks) == config.num_blocks
+    save_every = config.save_every_n_epochs * steps_per_epoch
 
-    def scores_of(params, source) -> dict[str, Any]:
-        return evaluate(classify, params, source, batch_size=config.eval_batch_size, mesh=mesh)
+    def is_scored(step: int) -> bool:
+        """Whether training stops to evaluate here. At the end the test split is scored in any case."""
+        return whole and step > 0 and (step % save_every == 0 if step < total_steps else val_source is not None)
 
     # Resume, or start.
     with first_process_first("workdir"):
+        held.enter_context(run_folder.claim(workdir))
         run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
-    with Checkpoints(workdir, save_top_k=config.save_top_k if whole and val_source is not None else 0) as checkpoints:
-        start = checkpoints.latest() or 0
-        check_alike("checkpoints", start)
-        if start:
-            parts = checkpoints.restore(start, parts)
+    scores: dict[int, float] = {}  # step -> accuracy on the validation split
+    checkpoints = held.enter_context(
+        Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k if val_source is not None else 0)
+    )
+    start, parts, saved_run = checkpoints.resume(parts)
+    check_alike("checkpoints", start)
+    with first_process_first("log"):
         run_folder.forget_metrics_after(workdir, start)
-        logging.info(
-            "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
-            workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
-            f"resumed at step {start}" if start else "from the start",
-        )  # fmt: skip
-        if config.block_parallel:
-            model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
-        else:
-            model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
-        del params, parts  # the model has them now
-        feed = make_feed(
-            train_source,
-            image_shape=dataset.image_shape,
-            batch_size=images_per_step,
-            seed=config.seed,
-            most=min(config.steps_per_call, config.log_every_n_steps),
-            mesh=mesh,
-        )
+        on_record = {split: run_folder.scores(workdir, split) for split in ("val", "test")}
+    scores.update(on_record["val"])
+    logging.info(
+        "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
+        workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
+        f"resumed at step {start}" if start else "from the start",
+    )  # fmt: skip
+    if config.block_parallel:
+        model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
+    else:
+        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
+    del params, parts  # the model has them now
+    feed = make_feed(
+        train_source,
+        image_shape=dataset.image_shape,
+        batch_size=images_per_step,
+        seed=config.seed,
+        most=min(config.steps_per_call, config.log_every_n_steps),
+        mesh=mesh,
+    )
 
-        # Steps.
-        began = time.perf_counter()
-        progress = Progress(
-            workdir,
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            log_every=config.log_every_n_steps,
-            images_per_step=images_per_step * (len(blocks) if config.block_parallel else 1),
+    # Steps.
+    began = time.perf_counter()
+    health = Health(config.max_bad_steps, saved_run.get("skipped", {}))
+    progress = Progress(
+        workdir,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        log_every=config.log_every_n_steps,
+        images_per_step=images_per_step * (len(blocks) if config.block_parallel else 1),
+        health=health,
+    )
+    pace = Pace(feed.most, adapt=jax.process_count() == 1)
+
+    def save(step: int) -> None:
+        progress.flush()
+        pace.rest()
+        run_folder.restore_if_lost(workdir, config.to_dict(), card)
+        checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card, "skipped": health.record})
+
+    def score(step: int, params: dict[str, Params], source: Source, split: str) -> dict[str, Any]:
+        found = evaluate(
+            classify, params, source, batch_size=config.eval_batch_size, mesh=mesh, at_each_batch=stop.check
         )
-        save_every = config.save_every_n_epochs * steps_per_epoch
-        step = start
-        while step < total_steps:
+        if step not in on_record[split]:
+            progress.evaluated(step, split, found)
+        return found
+
+    step = start
+    stop.is_safe = lambda: checkpoints.holds(step)
+    # A run that ended after its checkpoint and before its evaluation owes that.
+    owes_score = is_scored(start) and start not in on_record[watched_name]
+    try:
+        while step < total_steps or owes_score:
+            stop.check()
+            checkpoints.look()
+            if owes_score:
+                found = score(step, params_of(model.parts()), watched, watched_name)
+                if val_source is not None:  # nothing is chosen by the test split
+                    scores[step] = found["top1"]
+                owes_score = False
+                continue
+
             # As many steps as one call can make: of the same block, up to the next line of the log or checkpoint.
-            stop = min(_next_multiple(step, config.log_every_n_steps), _next_multiple(step, save_every), total_steps)
-            count = plan.run(step, min(feed.most, stop - step))
+            until = min(_next_multiple(step, config.log_every_n_steps), _next_multiple(step, save_every), total_steps)
+            count = plan.run(step, min(pace.steps, until - step))
             block, position = plan.at(step)
             lr = [lr_at(plan.rate_step(position + i)) for i in range(count)]
             data = feed.take(position, count)
@@ -153,47 +209,54 @@ def _train(config: ConfigDict, workdir: Path, *, command: list[str], overrides: 
                 metrics, trained = model.train(block, data, steps), (block,)
             step += count
             progress.add(step, trained, count, lr[-1], metrics, feed.waited)
+            pace.add(count, metrics)
 
-            # Evaluation and checkpoints.
             if step == total_steps or step % save_every == 0:
-                progress.flush(step, lr[-1], feed.waited)
-                parts = model.parts()
-                scores = None
-                if whole and (step < total_steps or val_source is not None):
-                    scores = scores_of(params_of(parts), watched)
-                    progress.evaluated(step, watched_name, scores)
-                kept = _selection(scores) if whole and val_source is not None else None
-                checkpoints.save(step, parts, {"config": config.to_dict(), "data": card}, kept)
-                del parts  # copies, where blocks train side by side
-        model.wait()
-        seconds = time.perf_counter() - began
-
-        # The result: the best checkpoint by validation, or the last, on the test split.
+                save(step)
+                owes_score = is_scored(step)
+    except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
+        if isinstance(reason, UserError) and jax.process_count() > 1:
+            raise  # the other processes know nothing of it, and cannot be asked to save
+        save(step)
         checkpoints.wait()
-        chosen = checkpoints.best()
-        assert chosen is not None
-        result = {"mode": "train", "workdir": str(workdir), "step": total_steps, "checkpoint": chosen}
-        if whole:
-            params = checkpoints.restore_params(chosen, params_of(model.parts()))
-            test_scores = scores_of(params, test_source)
-            if start < total_steps:
-                progress.evaluated(chosen, "test", test_scores)
-            result |= {"split": "test", **test_scores}
-        else:
-            logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
-            result |= {"blocks": list(blocks)}
-    return result | {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
+        why = f"{reason}. Stopped" if isinstance(reason, UserError) else "stopped"
+        if not checkpoints.holds(step):
+            raise Unsaved(f"{why} at step {step} of {total_steps}, which could not be saved") from reason
+        raise type(reason)(f"{why} at step {step} of {total_steps}: the same command goes on from there") from reason
+    model.wait()
+    seconds = time.perf_counter() - began
+    checkpoints.wait()
+
+    # The result: the best checkpoint by validation, or the last, on the test split.
+    result = {"mode": "train", "workdir": str(workdir), "step": total_steps}
+    if whole:
+        chosen, params = _chosen(checkpoints, total_steps, params_of(model.parts()))
+        result |= {"checkpoint": chosen, "split": "test", **score(chosen, params, test_source, "test")}
+    else:
+        logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
+        result |= {"checkpoint": total_steps, "blocks": list(blocks)}
+    result |= {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
+    if skipped := sum(health.record["total"].values()):
+        result |= {"steps_skipped": skipped}
+    unsaved = [f"step {failed}: {why}" for failed, why in checkpoints.failed.items()] + progress.unsaved()
+    return result | {"unsaved": unsaved} if unsaved else result
+
+
+def _chosen(checkpoints: Checkpoints, last: int, params: dict[str, Params]) -> tuple[int, dict[str, Params]]:
+    """The step to be scored and its parameters: the best by validation that can be read, else the last, `params`."""
+    for step in checkpoints.best():
+        if step == last:
+            break
+        try:
+            return step, checkpoints.restore_params(step, params)
+        except Unusable as error:
+            logging.error("%s: taking the next best", error)
+    return last, params
 
 
 def _next_multiple(step: int, of: int) -> int:
     """The first multiple that lies beyond `step`."""
     return (step // of + 1) * of
-
-
-def _selection(scores: dict[str, Any] | None) -> dict[str, float]:
-    """What a checkpoint keeps of its validation scores."""
-    assert scores is not None
-    return {name: scores[name] for name in ("top1", "top5", "macro_f1", "cross_entropy")}
 
 
 def _count(params: Any) -> int:

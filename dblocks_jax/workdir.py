@@ -3,6 +3,8 @@
 Of several processes that train together the first one writes; in the others every function that writes does nothing.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -10,16 +12,20 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Unsaved, UserError
 from dblocks_jax.processes import is_first
 
 CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
+LOCK = "in_use_by.json"
 SHARED_SECONDS = 30  # a network disk may take so long to show what another machine wrote
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -39,10 +45,52 @@ def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read ({error}); restore it, or use another --workdir") from None
 
 
+@contextmanager
+def claim(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder, which is made if need be. The system ends the claim with the process.
+
+    Raises:
+      UserError: another run holds it, which is named; or the folder cannot be written.
+    """
+    if not is_first():
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / LOCK).open("a+")
+    except OSError as error:
+        raise _cannot_write(workdir, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                logging.warning("%s is on a disk without locks: see to it yourself that no other run uses it", workdir)
+            else:
+                file.seek(0)
+                raise UserError(
+                    f"{workdir} is in use by another run: {file.read().strip() or 'it does not say which'}. "
+                    "Wait for it, or set --workdir or --config.postfix for a run of its own"
+                ) from None
+        file.truncate(0)
+        owner = {"process": os.getpid(), "host": platform.node(), "since": _now()}
+        file.write(json.dumps(owner) + "\n")
+        file.flush()
+        yield
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _cannot_write(workdir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the run's folder {workdir}: {error.strerror}; choose another --workdir")
+
+
 def open_run(
     workdir: Path, config: dict[str, Any], data: dict[str, Any], *, command: list[str], overrides: dict[str, Any]
 ) -> None:
-    """Make the folder, keep config and data card, and add this start (when, what, with what, on what) to the record.
+    """Keep config and data card, and add this start (when, what, with what, on what) to the record.
 
     Raises:
       UserError: the folder cannot be written, or another process does not see what the first one wrote.
@@ -50,7 +98,7 @@ def open_run(
     if not is_first():
         return _see(workdir / STARTS)
     start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": _now(),
         "command": command,
         "overrides": overrides,
         "python": platform.python_version(),
@@ -60,14 +108,24 @@ def open_run(
         "git": git_state(),
     }
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / CONFIG, config)
         write_json(workdir / DATA, data)
-        append_json(workdir / STARTS, start)
+        Journal(workdir / STARTS).append(start)
     except OSError as error:
-        raise UserError(
-            f"cannot write the run's folder {workdir}: {error.strerror}; choose another --workdir"
-        ) from None
+        raise _cannot_write(workdir, error) from None
+
+
+def restore_if_lost(workdir: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
+    """Write config and data card again, should somebody have deleted the folder: no checkpoint is of use without them.
+
+    Where that cannot be done, nor can a checkpoint be saved, which says so.
+    """
+    if is_first() and not (workdir / CONFIG).exists():
+        logging.error("%s is gone: making it anew", workdir / CONFIG)
+        with suppress(OSError):
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(workdir / CONFIG, config)
+            write_json(workdir / DATA, data)
 
 
 def _see(path: Path) -> None:
@@ -100,17 +158,56 @@ def write_json(path: Path, value: Any) -> None:
 def _write_whole(path: Path, text: str) -> None:
     if not is_first():
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}")  # there is one writer
     temporary.write_text(text)
     temporary.replace(path)
 
 
-def append_json(path: Path, value: Any) -> None:
-    """Add one line of JSON. Numbers that are not finite become null."""
-    if not is_first():
-        return
-    with path.open("a") as file:
-        file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+class Journal:
+    """A file of JSON lines that grows. Lines that cannot be written are kept, and written when that works again."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._waiting: list[str] = []
+
+    def add(self, value: Any) -> None:
+        """Add one line, now or later. Numbers that are not finite become null."""
+        failed_before = bool(self._waiting)
+        try:
+            self.append(value)
+        except OSError as error:
+            if not failed_before:
+                logging.error("cannot write %s (%s): its lines wait in memory", self._path, error.strerror)
+
+    def append(self, value: Any) -> None:
+        """Add one line, after those that wait.
+
+        Raises:
+          OSError: it waits too.
+        """
+        if is_first():
+            self._waiting.append(json.dumps(_finite(value), allow_nan=False) + "\n")
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits.
+
+        Raises:
+          OSError: it still waits, and the file is as it was.
+        """
+        if not self._waiting:
+            return
+        with self._path.open("ab", buffering=0) as file:
+            size = file.tell()
+            lines = "".join(self._waiting).encode()
+            try:
+                written = file.write(lines)
+                if written < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+        self._waiting.clear()
 
 
 def _finite(value: Any) -> Any:
@@ -122,25 +219,37 @@ def _finite(value: Any) -> Any:
 
 
 def forget_metrics_after(workdir: Path, step: int) -> None:
-    """Drop logged lines beyond `step`, which a resumed run logs anew, and a last line cut short by a crash."""
+    """Drop logged lines beyond `step`, which a resumed run logs anew, and what a crash cut short."""
     path = workdir / METRICS
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        _write_whole(path, "".join(line + "\n" for line in lines))
+        lines = [json.dumps(line) + "\n" for line in _logged(workdir) if line["step"] <= step]
+        _write_whole(path, "".join(lines))
 
 
-def _step_of(line: str) -> int | float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+def _logged(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / METRICS
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def scores(workdir: Path, split: str) -> dict[int, float]:
+    """Step -> accuracy on a split, as far as it is on record."""
+    return {line["step"]: line["top1"] for line in _logged(workdir) if line.get("split") == split}
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:
     """Print a mode's result as the last line of standard output, and keep it in the workdir.
 
     Raises:
-      UserError: it cannot be kept.
+      Unsaved: it cannot be kept, or something of the run could not be.
     """
     if not is_first():
         return
@@ -151,4 +260,6 @@ def finish(workdir: Path, result: dict[str, Any]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:
-        raise UserError(f"the result is printed, but cannot be written to {path}: {error.strerror}") from None
+        raise Unsaved(f"the result is printed, but cannot be written to {path}: {error.strerror}") from None
+    if unsaved := result.get("unsaved"):
+        raise Unsaved(f"not everything could be saved in {workdir}: {'; '.join(unsaved)}")

@@ -28,7 +28,7 @@ def test_everything_comes_back_bit_for_bit_even_after_donation(tmp_path, where):
     parts = place(parts_of(1 / 3))
     expected = jax.device_get(parts)
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, parts, {}, None)
+        checkpoints.save(5, parts, {})
         double = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)
         jax.block_until_ready(double(double(to_device(parts))))  # overwrites the buffers while they may be in use
     with Checkpoints(tmp_path) as checkpoints:
@@ -40,34 +40,36 @@ def test_everything_comes_back_bit_for_bit_even_after_donation(tmp_path, where):
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path):
-    with Checkpoints(tmp_path, save_top_k=1) as checkpoints:
+    scores = {}
+    with Checkpoints(tmp_path, scores=scores, save_top_k=1) as checkpoints:
         for step, top1 in [(10, 0.2), (20, 0.9), (30, 0.4), (40, 0.5), (50, 0.3)]:
-            checkpoints.save(step, parts_of(float(step)), {"lr": 0.1}, {"top1": top1})
+            checkpoints.save(step, parts_of(float(step)), {"lr": 0.1})
+            scores[step] = top1
         checkpoints.wait()
-        assert (checkpoints.best(), checkpoints.latest()) == (20, 50)
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.best(), checkpoints.steps()) == ([20, 40, 50], [20, 40, 50])
+    with Checkpoints(tmp_path, scores=scores, read_only=True) as checkpoints:
         assert [checkpoints.find(which) for which in ("best", "last", "40")] == [20, 50, 40]
         with pytest.raises(UserError, match=r"'30'.*\[20, 40, 50\]"):
             checkpoints.find("30")
         params = checkpoints.restore_params(20, {name: part.params for name, part in parts_of(0.0).items()})
-        assert checkpoints.run(20) == {"lr": 0.1}
+        assert checkpoints.run(20)["lr"] == 0.1
     np.testing.assert_array_equal(params["shared"]["w"], 20.0)
 
 
 def test_without_validation_the_best_is_the_last(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() is None and checkpoints.best() is None
+        assert checkpoints.steps() == []
         with pytest.raises(UserError, match="no checkpoint yet"):
             checkpoints.find("best")
         for step in (1, 2, 3):
-            checkpoints.save(step, parts_of(float(step)), {}, None)
+            checkpoints.save(step, parts_of(float(step)), {})
         checkpoints.wait()
-        assert checkpoints.best() == 3
+        assert checkpoints.find("best") == 3
 
 
 def test_a_checkpoint_of_another_architecture_is_explained_by_parameter(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, parts_of(1.0), {}, None)
+        checkpoints.save(1, parts_of(1.0), {})
         checkpoints.wait()
         wanted = {"shared": new_part({"w": jnp.zeros((2, 4))}), "block_1": new_part({"b": jnp.zeros(4)})}
         with pytest.raises(UserError) as error:

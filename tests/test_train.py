@@ -66,7 +66,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             run(config, tmp_path / "cut")
     with Checkpoints(tmp_path / "cut", read_only=True) as checkpoints:
-        assert checkpoints.latest() == 4
+        assert checkpoints.find("last") == 4
     resumed = run(config, tmp_path / "cut")
     assert resumed["steps_run"] == 4
     whole, cut = state_of(tmp_path / "whole", 8), state_of(tmp_path / "cut", 8)
