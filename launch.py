@@ -6,6 +6,7 @@ same command goes on from there); 130 or 143 after a second signal.
 """
 
 import os
+import signal
 import sys
 import traceback
 from itertools import pairwise
@@ -91,6 +92,7 @@ def main(argv: list[str]) -> None:
     _keep_compiled_programs()
 
     from dblocks_jax import processes
+    from dblocks_jax.devices import naming_lack_of_memory
     from dblocks_jax.evaluate import evaluate_run
     from dblocks_jax.memory import memory_table
     from dblocks_jax.merge import merge
@@ -104,14 +106,15 @@ def main(argv: list[str]) -> None:
             processes.join()
             logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
         stop.listen()
-        if MODE.value == "eval":
-            result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
-        elif MODE.value == "merge":
-            result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv, overrides=overrides)
-        elif MODE.value == "memory":
-            result = memory_table(config, gib=GIB.value)
-        else:
-            result = train(config, workdir, command=sys.argv, overrides=overrides, stop=stop)
+        with naming_lack_of_memory():
+            if MODE.value == "eval":
+                result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
+            elif MODE.value == "merge":
+                result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv, overrides=overrides)
+            elif MODE.value == "memory":
+                result = memory_table(config, gib=GIB.value)
+            else:
+                result = train(config, workdir, command=sys.argv, overrides=overrides, stop=stop)
         finish(workdir, result)
     except (UserError, Unsaved, Diverged, Stopped) as end:
         processes.end_all(f"launch.py: {end}", end.exit_code)
@@ -122,12 +125,13 @@ def main(argv: list[str]) -> None:
 
 
 def _log_our_own_lines() -> None:
-    """Libraries log through absl too: of theirs, show warnings only, and of Orbax's nothing: it raises as well."""
+    """Libraries log through absl too: of theirs, show warnings only, and nothing of Orbax, which raises it as well."""
     logging.set_verbosity(logging.INFO)
     package = str(Path(dblocks_jax.__file__).parent)
 
     def is_ours_or_matters(record: LogRecord) -> bool:
-        return record.pathname.startswith(package) or (record.levelno >= WARNING and "orbax" not in record.pathname)
+        is_orbax = "orbax" in record.pathname or record.name == "asyncio"  # nobody else here uses that
+        return record.pathname.startswith(package) or (record.levelno >= WARNING and not is_orbax)
 
     logging.get_absl_handler().addFilter(is_ours_or_matters)
 
@@ -158,4 +162,6 @@ def _complain(problem: object, code: int) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `Stop` listens there is nothing to be saved
+        signal.signal(number, lambda *_: os._exit(Stopped.exit_code))
     app.run(main, flags_parser=parse_flags)

@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
 
+import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dblocks_jax.errors import Unusable, UserError
+from dblocks_jax.errors import Unusable, UserError, brief
 from dblocks_jax.optimizer import Params, Part, params_of
 from dblocks_jax.processes import are_several, is_first
 
@@ -109,7 +110,8 @@ class Checkpoints:
         self.wait()
         self._taken_over.add(step)
         trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
-        record = {**run, "format": FORMAT, "checksums": {item: _checksums(tree) for item, tree in trees.items()}}
+        checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
+        record = {"format": FORMAT, "checksums": checksums, "run": run}
         items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
         with self._noting_failure(step):
             if self._manager is None:
@@ -136,7 +138,7 @@ class Checkpoints:
         except Exception as error:  # of the file system, by way of Orbax or TensorStore, which raise many types
             if self._read_only or are_several():  # of several processes some may have succeeded: they must all end
                 raise
-            reason = _brief(error)
+            reason = brief(error)
             self.failed[step] = reason
             logging.error("cannot save step %d in %s; what was saved before is intact (%s)", step, self._folder, reason)
             with suppress(Exception):
@@ -205,18 +207,24 @@ class Checkpoints:
         Raises:
           Unusable: it is damaged, or of another format.
         """
+        return self._record(step)["run"]
+
+    def _record(self, step: int) -> dict[str, Any]:
         with self._naming_what_is_damaged(step):
-            run = self._manager.restore(step, args=self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()}))[RUN]
-            found = run.get("format", 1)
+            item = self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()})
+            record = self._manager.restore(step, args=item)[RUN]
+            found = record.get("format", 1)
+            if found == FORMAT and _checksum_of_json(record["run"]) != record["checksums"][RUN]:
+                raise ValueError("what it tells of its run is not what was saved")
         if found != FORMAT:
             raise Unusable(
                 f"the checkpoint {self._folder / str(step)} has format {found}, but this version of the program reads "
                 f"format {FORMAT}: use the version that wrote it"
             )
-        return run
+        return record
 
     def _restore(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        checksums = self.run(step)["checksums"]
+        checksums = self._record(step)["checksums"]
         with self._naming_what_is_damaged(step):
             metadata = self._manager.item_metadata(step)
             found = {item: _shapes(metadata[item].tree) for item in wanted}
@@ -244,7 +252,7 @@ class Checkpoints:
         except (MemoryError, jax.errors.JaxRuntimeError):  # no room to read it
             raise
         except Exception as error:  # Orbax and TensorStore raise many types
-            raise Unusable(f"the checkpoint {self._folder / str(step)} is damaged ({_brief(error)})") from error
+            raise Unusable(f"the checkpoint {self._folder / str(step)} is damaged ({brief(error)})") from error
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -285,8 +293,8 @@ def _checksums(tree: dict[str, Any]) -> dict[str, int]:
     return {name: checksum(part) for name, part in tree.items()}
 
 
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def _checksum_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -42,7 +43,13 @@ NOT_NEGATIVE = (
     "seed", "save_top_k", "max_steps",
 )  # fmt: skip
 BELOW_ONE = ("dropout", "class_dropout_prob")
-LARGEST_SEED = 2**32 - 1
+# Beyond these a program would be built for hours, or not at all.
+LARGEST = {
+    "image_size": 4096, "num_layers": 1000, "num_inference_steps": 1000, "steps_per_call": 10_000, "seed": 2**32 - 1,
+}  # fmt: skip
+LARGEST_FLOAT = 1e30  # room to calculate with it in float32
+LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits on the device
+BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments
 SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep their digits in float32
 
 # Fields that the parameters do not depend on: a resumed run may change them.
@@ -63,8 +70,8 @@ def check_config(config: ConfigDict) -> None:
       UserError: naming the field, its value and what it must be.
     """
     for field, value in config.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{field} must be a finite number, not {value}")
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise UserError(f"{field} must be a finite number of at most {LARGEST_FLOAT}, not {value}")
     for field, choices in CHOICES.items():
         if config[field] not in choices:
             raise UserError(f"{field} is {config[field]!r}; choose one of {', '.join(choices)}")
@@ -81,8 +88,11 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"gamma must lie in [0, 0.5], not {config.gamma}")
     if not 0 <= config.val_fraction <= 0.5:
         raise UserError(f"val_fraction must lie in [0, 0.5], not {config.val_fraction}")
-    if config.seed > LARGEST_SEED:
-        raise UserError(f"seed must be at most {LARGEST_SEED}, not {config.seed}")
+    for field, largest in LARGEST.items():
+        if config[field] > largest:
+            raise UserError(f"{field} must be at most {largest}, not {config[field]}")
+    if config.crop_padding > config.image_size:
+        raise UserError(f"crop_padding={config.crop_padding} must be at most image_size={config.image_size}")
     _check_divides(config, "patch_size", "image_size")
     _check_divides(config, "num_heads", "hidden_size")
     if config.model_type == "dblock":
@@ -90,6 +100,22 @@ def check_config(config: ConfigDict) -> None:
     elif config.block_parallel or config.train_blocks:
         raise UserError("block_parallel and train_blocks are of DiffusionBlocks: the plain model has no blocks")
     schedule(config, updates=1)
+    _check_fits_host(config)
+
+
+def _check_fits_host(config: ConfigDict) -> None:
+    """A model starts in host memory. Its layers and patch embedding alone, which are nearly all of it, must fit."""
+    width = config.hidden_size
+    of_layer = 4 * width**2 + 2 * width * config.intermediate_size
+    num_patches = (config.image_size // config.patch_size) ** 2
+    weights = config.num_layers * of_layer + (config.patch_size**2 + num_patches) * width
+    needed = weights * BYTES_PER_PARAMETER
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise UserError(
+            f"a model of {weights:.3g} parameters needs {needed / 2**30:.4g} GiB of the host's memory, "
+            f"which has {available / 2**30:.4g}: lower num_layers, hidden_size or intermediate_size"
+        )
 
 
 def _check_divides(config: ConfigDict, divisor: str, field: str) -> None:
@@ -167,7 +193,7 @@ def noise_distribution(config: ConfigDict) -> NoiseDistribution:
     return NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
 
 
-def find_dataset(config: ConfigDict) -> Dataset:
+def find_dataset(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """The data set of a config; see `load_dataset`."""
     return load_dataset(
         config.dataset,
@@ -175,6 +201,7 @@ def find_dataset(config: ConfigDict) -> Dataset:
         image_size=config.image_size,
         val_fraction=config.val_fraction,
         seed=config.seed,
+        may_prepare=may_prepare,
     )
 
 
@@ -229,6 +256,8 @@ def count_steps(config: ConfigDict, num_images: int) -> Length:
     updates = config.num_epochs * per_epoch * num_blocks
     updates = min(updates, config.max_steps or updates)
     trained = 1 if config.block_parallel else len(trained_blocks(config))
+    if updates > LARGEST_STEP:
+        raise UserError(f"a run of {updates} steps is too long, {LARGEST_STEP} are possible: set max_steps")
     return Length(max(1, updates * trained // num_blocks), updates, per_epoch)
 
 

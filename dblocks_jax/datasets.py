@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 from PIL import Image
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import UserError, brief
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 IN_MEMORY_BYTES = 2 << 30  # a folder's split of at most this size is decoded once; a larger one batch by batch
@@ -49,20 +49,24 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images decoded each time they are asked for.
+    """Images decoded each time they are asked for. `stamps` are their sizes and times of change, as first seen.
 
     Raises:
-      UserError: from `images`, naming a file that cannot be read.
+      UserError: from `images`, naming a file that cannot be read, or is not the one that was there at the start.
     """
 
     paths: tuple[Path, ...] = field(repr=False)
     labels: Int32[np.ndarray, " n"] = field(repr=False)
     image_size: int
+    stamps: Int[np.ndarray, "n 2"] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        for i in indices:
+            if stamp(self.paths[i]) != tuple(self.stamps[i]):
+                raise UserError(f"the image {self.paths[i]} has changed since training began")
         return _decode_all([self.paths[i] for i in indices], self.image_size, chunk=1)
 
 
@@ -127,8 +131,10 @@ STORED = {
 NAMES = (*STORED, "folder")
 
 
-def load_dataset(name: str, *, data_dir: str, image_size: int, val_fraction: float, seed: int) -> Dataset:
-    """Find a data set by name; CIFAR and Tiny ImageNet are downloaded and prepared on first use.
+def load_dataset(
+    name: str, *, data_dir: str, image_size: int, val_fraction: float, seed: int, may_prepare: bool = True
+) -> Dataset:
+    """Find a data set by name; CIFAR and Tiny ImageNet are downloaded and prepared on first use, if `may_prepare`.
 
     `val_fraction` in [0, 0.5] of each class's training images, chosen by the seed, become "val"; with 0 there is none.
     For "folder", `data_dir` is <root> with <root>/train/<class>/*.{jpg,jpeg,png} and test/ or val/ or both beside
@@ -154,7 +160,7 @@ def load_dataset(name: str, *, data_dir: str, image_size: int, val_fraction: flo
     else:
         from dblocks_jax.tfds_builders import prepare
 
-        builder: Any = prepare(name, root)
+        builder: Any = prepare(name, root, may_write=may_prepare)
         class_names = tuple(builder.info.features["label"].names)
 
         def load(which: str) -> ArraySource:
@@ -212,18 +218,30 @@ def _load_digits(which: str) -> ArraySource:
 
 def _read_prepared(builder: Any, which: str, image_shape: tuple[int, int, int]) -> ArraySource:
     """A prepared TFDS split as arrays; features are "label" and "image", pixels or the bytes of an image file."""
-    records = builder.as_data_source(which)
-    pixels = np.empty((len(records), *image_shape), np.uint8)
-    labels = np.empty(len(records), np.int32)
-    chunk = 64 * CHUNK  # so that not all records exist twice at a time
-    for start in range(0, len(records), chunk):
-        part = slice(start, min(start + chunk, len(records)))
-        examples = records.__getitems__(list(range(part.start, part.stop)))
-        labels[part] = [example["label"] for example in examples]
-        images = [example["image"] for example in examples]
-        if isinstance(images[0], bytes):
-            images = _decode_all([BytesIO(image) for image in images], image_shape[0])
-        pixels[part] = images
+    try:
+        records = builder.as_data_source(which)
+        pixels = np.empty((len(records), *image_shape), np.uint8)
+        labels = np.empty(len(records), np.int32)
+        chunk = 64 * CHUNK  # so that not all records exist twice at a time
+        for start in range(0, len(records), chunk):
+            part = slice(start, min(start + chunk, len(records)))
+            examples = records.__getitems__(list(range(part.start, part.stop)))
+            labels[part] = [example["label"] for example in examples]
+            images = [example["image"] for example in examples]
+            if isinstance(images[0], bytes):
+                images = _decode_all([BytesIO(image) for image in images], image_shape[0])
+            pixels[part] = images
+    except Exception as error:  # ArrayRecord, TFDS and Pillow raise many types
+        raise UserError(
+            f"the data set in {builder.data_path} is damaged ({brief(error)}): remove it to prepare it anew"
+        ) from error
+    num_classes = builder.info.features["label"].num_classes
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f"the data set in {builder.data_path} is damaged: record {wrong[0]} of {which} has the label "
+            f"{labels[wrong[0]]}, but there are {num_classes} classes. Remove it to prepare it anew"
+        )
     return ArraySource(pixels, labels)
 
 
@@ -282,8 +300,23 @@ def _list_images(folder: Path, class_names: Sequence[str]) -> tuple[tuple[Path, 
 def _open_images(paths: tuple[Path, ...], labels: Int32[np.ndarray, " n"], image_size: int) -> Source:
     if len(paths) * image_size**2 * 3 <= IN_MEMORY_BYTES:
         return ArraySource(_decode_all(paths, image_size), labels)
-    _in_threads(_check_header, paths, CHUNK)
-    return FileSource(paths, labels, image_size)
+    stamps = np.empty((len(paths), 2), np.int64)
+
+    def look(index: int) -> None:
+        _check_header(paths[index])
+        stamps[index] = stamp(paths[index])
+
+    _in_threads(look, range(len(paths)), CHUNK)
+    return FileSource(paths, labels, image_size, stamps)
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change, in bytes and nanoseconds."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read the image {path}: {error.strerror}") from error
+    return found.st_size, found.st_mtime_ns
 
 
 def _decode_all(

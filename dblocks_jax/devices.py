@@ -1,7 +1,7 @@
 """Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import UserError, brief
 
 DATA, BLOCK = "data", "block"  # the mesh's axes
 
@@ -33,6 +33,25 @@ def make_mesh(groups: int = 1) -> Mesh:
 def on_cpu() -> AbstractContextManager[Any]:
     """Arrays that are made in this context live in host memory: a whole model may not fit on a device."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+@contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Say what can be done where a device has too little memory.
+
+    Raises:
+      UserError: instead of XLA's error, which is many lines long.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "a device has too little memory: try a smaller batch_size with more accumulate_grad_batches, "
+            "gradient_checkpointing, dtype=bfloat16, or idle_blocks=host with block_schedule=chunked; "
+            f"--mode=memory tells what fits ({brief(error)})"
+        ) from error
 
 
 def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:

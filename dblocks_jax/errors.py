@@ -30,3 +30,8 @@ class Stopped(Exception):
     """A signal asked for the end: the state is saved, and the same command goes on from there."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def brief(error: BaseException) -> str:
+    """An error of a library on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

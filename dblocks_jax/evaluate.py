@@ -47,6 +47,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     with Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints:
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
+        named_data_dir = config.data_dir
         config = for_evaluation(run["config"], overrides, config)
         check_config(config)
         blocks = trained_blocks(config)
@@ -56,7 +57,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
             )
         check_alike("command", (config.to_dict(), step))
         with first_process_first("data"):
-            dataset = find_dataset(config)
+            # A checkpoint may be a stranger's: it cannot choose what is written where.
+            dataset = find_dataset(config, may_prepare=config.data_dir == named_data_dir)
         check_same_data(run["data"], {"class_names": list(dataset.class_names)}, str(workdir))
         if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
             logging.warning(

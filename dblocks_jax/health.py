@@ -38,7 +38,7 @@ class Health:
             if in_a_row[name] == 1:
                 logging.warning("%s: the update is skipped", describe(skipped[-1]))
             if in_a_row[name] == self._max_bad_steps:
-                self._too_many = f"{describe(skipped[-1])}, for the {self._max_bad_steps}th time in a row"
+                self._too_many = f"{describe(skipped[-1])}, the last of {self._max_bad_steps} such steps in a row"
         return skipped
 
     def check(self) -> None:

@@ -48,9 +48,10 @@ def merge(
 
     free = {field: value for field, value in (overrides or {}).items() if field in FREE_TO_CHANGE}
     whole = ConfigDict({**config.to_dict(), **free, "train_blocks": ()})
+    dataset = find_dataset(whole, may_prepare="data_dir" in free)
     parts: dict[str, Part] = {}
     with on_cpu():
-        blueprint, params = Blueprint.of(new_model(whole, architecture(whole, find_dataset(whole))))
+        blueprint, params = Blueprint.of(new_model(whole, architecture(whole, dataset)))
         for source in runs:
             names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]
             with Checkpoints(source, read_only=True) as checkpoints:

@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.util import DownloadError
 from tensorflow_datasets.core.units import Size
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import UserError, brief
 
 CIFAR_SHAPE = (32, 32, 3)
 CIFAR_PIXELS = 32 * 32 * 3
@@ -113,8 +113,8 @@ class Cifar10Binary(_ArchiveBuilder):
         self._set_class_names(files["batches.meta.txt"].decode().split())
         train = b"".join(files[f"data_batch_{i}.bin"] for i in range(1, 6))
         return {
-            "train": self._generate_examples(lambda: _cifar_examples(train, num_labels=1)),
-            "test": self._generate_examples(lambda: _cifar_examples(files["test_batch.bin"], num_labels=1)),
+            "train": self._generate_examples(lambda: _cifar_examples(train, 10, num_labels=1)),
+            "test": self._generate_examples(lambda: _cifar_examples(files["test_batch.bin"], 10, num_labels=1)),
         }
 
 
@@ -129,7 +129,7 @@ class Cifar100Binary(_ArchiveBuilder):
         files = _read_tar(self._fetch(dl_manager))
         self._set_class_names(files["fine_label_names.txt"].decode().split())
         return {
-            split: self._generate_examples(lambda data=files[f"{split}.bin"]: _cifar_examples(data, num_labels=2))
+            split: self._generate_examples(lambda data=files[f"{split}.bin"]: _cifar_examples(data, 100, num_labels=2))
             for split in ("train", "test")
         }
 
@@ -175,12 +175,14 @@ def _read_tar(path: Path) -> dict[str, bytes]:
         return {name: file.read() for name, file in members if file is not None}
 
 
-def _cifar_examples(data: bytes, *, num_labels: int) -> Examples:
+def _cifar_examples(data: bytes, num_classes: int, *, num_labels: int) -> Examples:
     """Records of `num_labels` label bytes, the finest last, and the pixels plane by plane."""
     records = np.frombuffer(data, np.uint8).reshape(-1, num_labels + CIFAR_PIXELS)
     height, width, channels = CIFAR_SHAPE
     images = records[:, num_labels:].reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
     for index, (image, label) in enumerate(zip(images, records[:, num_labels - 1], strict=True)):
+        if label >= num_classes:
+            raise ValueError(f"record {index} has the label {label}, but there are {num_classes} classes")
         yield index, {"image": image, "label": int(label)}
 
 
@@ -194,13 +196,14 @@ def _zip_examples(archive: Path, members: list[tuple[str, int]]) -> Examples:
             yield index, {"image": files.read(name), "label": label}
 
 
-def prepare(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder:
+def prepare(name: str, data_dir: Path, *, may_write: bool = True) -> tfds.core.GeneratorBasedBuilder:
     """The prepared data set: downloaded and prepared on first use, all or nothing.
 
     An archive in <data_dir>/downloads/manual/ is used instead of downloading it.
 
     Raises:
-      UserError: the archive cannot be downloaded or is not the official one, or `data_dir` cannot be written.
+      UserError: the archive cannot be downloaded or is not the official one, or `data_dir` cannot, or without
+        `may_write` must not, be written.
     """
     archive = ARCHIVES[name]
     downloads = data_dir / "downloads"
@@ -211,6 +214,8 @@ def prepare(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder:
             if builder.is_prepared():
                 return builder
             raise UserError(f"{builder.data_path} is no complete data set: remove it to prepare {name} again")
+        if not may_write:
+            raise UserError(f"there is no prepared {name} in {data_dir}: set --config.data_dir to where it may be put")
         if (manual / archive.filename).exists():
             _check_archive(manual / archive.filename, archive)
         elif not (downloads / builder.name / resource.get_dl_fname(archive.url, archive.sha256)).exists():
@@ -224,6 +229,8 @@ def prepare(name: str, data_dir: Path) -> tfds.core.GeneratorBasedBuilder:
             f"({archive.num_bytes} bytes, sha256 {archive.sha256}) in {manual} yourself. Nothing is downloaded by "
             "configs/dblock_digits.py, nor with dataset=folder, which takes your own images"
         ) from error
+    except (ValueError, KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise UserError(f"the archive of {name} does not hold what it should: {brief(error)}") from error
     except OSError as error:
         raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
     return builder

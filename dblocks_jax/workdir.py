@@ -255,11 +255,12 @@ def finish(workdir: Path, result: dict[str, Any]) -> None:
         return
     sys.stderr.flush()
     print(json.dumps(_finite(result), allow_nan=False), flush=True)
-    path = workdir / f"{result['mode']}.json"
+    name = f"{result['mode']}.json"
+    unsaved = list(result.get("unsaved", []))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        write_json(workdir / name, result)
     except OSError as error:
-        raise Unsaved(f"the result is printed, but cannot be written to {path}: {error.strerror}") from None
-    if unsaved := result.get("unsaved"):
+        unsaved.append(f"{name}, which is the line above: {error.strerror}")
+    if unsaved:
         raise Unsaved(f"not everything could be saved in {workdir}: {'; '.join(unsaved)}")

@@ -8,7 +8,7 @@ import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from dblocks_jax.data import eval_batches, steps_per_epoch, train_batches
-from dblocks_jax.datasets import ArraySource, FileSource
+from dblocks_jax.datasets import ArraySource, FileSource, stamp
 from dblocks_jax.errors import UserError
 
 
@@ -102,8 +102,37 @@ def test_evaluation_sees_every_image_once_in_batches_of_one_shape(count, batch_s
 def test_an_unreadable_image_is_named_through_the_reading_threads(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    source = FileSource((broken,), np.zeros(1, np.int32), 4)
+    source = FileSource((broken,), np.zeros(1, np.int32), 4, np.array([stamp(broken)]))
     with pytest.raises(UserError, match=r"broken\.png"):
         next(train_batches(source, batch_size=1, seed=0))
     with pytest.raises(UserError, match=r"broken\.png"):
         next(eval_batches(source, batch_size=1))
+
+
+class Broken:
+    """A source that fails at its tenth image."""
+
+    labels = np.zeros(50, np.int32)
+
+    def __init__(self, error: BaseException):
+        self._error = error
+
+    def __len__(self) -> int:
+        return 50
+
+    def images(self, indices: np.ndarray) -> np.ndarray:
+        if (indices >= 10).any():
+            raise self._error
+        return np.zeros((len(indices), 2, 3, 1), np.uint8)
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is gone"), MemoryError(), SystemExit(3)])
+def test_a_reading_thread_that_fails_is_reported_and_not_waited_for(error):
+    """Whatever it fails of: a thread cannot die and leave the loop waiting."""
+    for batches in (
+        train_batches(Broken(error), batch_size=8, seed=0),
+        eval_batches(Broken(error), batch_size=8),
+    ):
+        with pytest.raises(type(error)):
+            for _ in range(7):
+                next(batches)

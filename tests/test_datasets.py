@@ -9,6 +9,7 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,72 @@ def test_a_half_copied_data_set_is_not_read(tmp_path, monkeypatch, closed_url):
         load("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x00" * 3000, "cannot reshape"),  # shorter than one record
+        (b"\x00" * (2 * 3073 - 1), "cannot reshape"),  # the second is cut short
+        (b"\x0a" + b"\x00" * 3072, "has the label 10, but there are 10 classes"),
+    ],
+)
+def test_an_archive_with_a_record_that_is_none_is_refused(tmp_path, monkeypatch, closed_url, content, reason):
+    path = manual(tmp_path, "cifar-10-binary.tar.gz")
+    good = cifar_records(random_images(2), np.arange(2))
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    files = {"batches.meta.txt": "\n".join(CIFAR10_NAMES).encode(), **dict.fromkeys(names, good)}
+    tar_of(path, files | {"data_batch_5.bin": content})
+    expect_archive(monkeypatch, "cifar10", path, closed_url)
+    for _ in range(2):  # nothing half-prepared is left behind that the second could take for whole
+        with pytest.raises(UserError, match=f"archive of cifar10 does not hold what it should: .*{reason}"):
+            load("cifar10", tmp_path)
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, closed_url):
+    """Names with .. or from the root are read by their last part, and nothing is unpacked."""
+    path = manual(tmp_path / "data", "cifar-10-binary.tar.gz")
+    good = cifar_records(random_images(2), np.arange(2))
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    files = {f"../../{name}": good for name in names} | {f"{tmp_path}/evil": b"evil"}
+    tar_of(path, files | {"batches.meta.txt": "\n".join(CIFAR10_NAMES).encode()})
+    expect_archive(monkeypatch, "cifar10", path, closed_url)
+    assert len(load("cifar10", tmp_path / "data").split("train")) == 10
+    assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flip"])
+def test_a_prepared_data_set_that_was_damaged_is_named(tmp_path, monkeypatch, closed_url, spoil):
+    path = manual(tmp_path, "cifar-10-binary.tar.gz")
+    cifar10_archive(path)
+    expect_archive(monkeypatch, "cifar10", path, closed_url)
+    dataset = load("cifar10", tmp_path)
+    [records] = (tmp_path / "cifar10_binary" / "1.0.0").glob("*train*")
+    content = bytearray(records.read_bytes())
+    middle = len(content.rstrip(b"\x00")) // 2  # the rest is padding
+    if spoil == "cut":
+        content = content[:middle]
+    else:
+        content[middle] ^= 1
+    records.write_bytes(content)
+    with pytest.raises(UserError, match=r"data set in .*cifar10_binary/1\.0\.0 is damaged.*remove it to prepare it"):
+        dataset.split("train")
+
+
+def test_a_label_out_of_range_is_named_with_its_record():
+    class Records(list):
+        def __getitems__(self, indices):
+            return [self[index] for index in indices]
+
+    image = np.zeros((2, 2, 3), np.uint8)
+    builder = SimpleNamespace(
+        data_path=Path("data/cifar10_binary/1.0.0"),
+        info=SimpleNamespace(features={"label": SimpleNamespace(num_classes=10)}),
+        as_data_source=lambda _: Records({"image": image, "label": label} for label in (9, 10, -1)),
+    )
+    with pytest.raises(UserError, match="record 1 of train has the label 10, but there are 10 classes"):
+        datasets._read_prepared(builder, "train", (2, 2, 3))
+
+
 def test_a_data_dir_that_cannot_be_written_is_named(tmp_path, monkeypatch, closed_url):
     path = manual(tmp_path, "cifar-10-binary.tar.gz")
     cifar10_archive(path)
@@ -373,6 +440,21 @@ def test_a_large_folder_is_decoded_by_batch_to_the_same_values(root, monkeypatch
     train = folder(root).split("train")
     assert isinstance(train, FileSource)
     np.testing.assert_array_equal(everything(train), expected)
+
+
+@pytest.mark.parametrize("how", ["another image", "no image", "removed"])
+def test_a_file_that_changes_under_a_running_job_is_named(root, monkeypatch, how):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    train = folder(root).split("train")
+    changed = train.paths[3]
+    if how == "another image":
+        Image.new("RGB", (5, 5)).save(changed)
+    elif how == "no image":
+        changed.write_bytes(b"no image")
+    else:
+        changed.unlink()
+    with pytest.raises(UserError, match=f"the image {changed} has changed|cannot read the image {changed}"):
+        everything(train)
 
 
 def test_home_is_expanded(root, monkeypatch):

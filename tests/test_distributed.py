@@ -2,12 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from runs import saved_steps, wait_until
 
 from configs import dblock_digits
 from dblocks_jax.train import train
@@ -28,7 +33,8 @@ def train_alone(workdir: Path, num_epochs: int) -> dict:
     return train(config, workdir, command=[], overrides={})
 
 
-def launch_two(*args: str, second: tuple[str, ...] = ()) -> tuple[subprocess.CompletedProcess, ...]:
+@contextmanager
+def two_started(*args: str, second: tuple[str, ...] = (), **environment: str) -> Iterator[list[subprocess.Popen]]:
     """launch.py in two processes that know of each other; the flags `second` go to the second alone."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -38,12 +44,18 @@ def launch_two(*args: str, second: tuple[str, ...] = ()) -> tuple[subprocess.Com
         command = [sys.executable, "launch.py", "--distributed", *args, *(second if index else ())]
         job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        running.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | job, text=True, **pipes))
+        running.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | job | environment, text=True, **pipes))
     try:
-        outputs = [process.communicate(timeout=120) for process in running]
+        yield running
     finally:
         for process in running:
             process.kill()
+
+
+def launch_two(*args: str, second: tuple[str, ...] = ()) -> tuple[subprocess.CompletedProcess, ...]:
+    """Both to their end."""
+    with two_started(*args, second=second) as running:
+        outputs = [process.communicate(timeout=120) for process in running]
     return tuple(
         subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(running, outputs, strict=True)
@@ -86,3 +98,40 @@ def test_a_mistake_in_one_ends_both_with_one_line(tmp_path):
     lines = [line for done in both for line in done.stderr.splitlines()]
     assert len(lines) == 1 and "patch_size=3 must divide image_size=8" in lines[0]
     assert not (tmp_path / "new").exists()
+
+
+def test_two_processes_stop_at_the_same_step(tmp_path):
+    """A signal to one of them is a signal to both, and what they save is a point on the undisturbed run's way."""
+    workdir, fields = tmp_path / "run", ["--config.num_epochs=200", "--config.save_every_n_epochs=200"]
+    with two_started(*FLAGS, *fields, f"--workdir={workdir}") as both:
+        metrics = workdir / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3)
+        asked = time.monotonic()
+        both[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [75, 75], outputs
+    assert time.monotonic() - asked < 10
+    assert "stopped at step" in outputs[0][1] + outputs[1][1]
+    [step] = saved_steps(workdir)
+    assert 3 < step < 400
+    train_alone(tmp_path / "alone", -(-step // 2))  # the epoch in which they stopped, to its end
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (workdir, tmp_path / "alone")
+    ]
+    of_both, of_one = ([line["blocks"] for line in lines if "blocks" in line] for lines in lines)
+    assert len(of_both) == step
+    for means, others in zip(of_both, of_one, strict=False):
+        assert means.keys() == others.keys()
+        for block, values in means.items():
+            assert values == pytest.approx(others[block], rel=1e-3)
+
+
+def test_a_signal_before_the_first_step_ends_both(tmp_path):
+    with two_started(*FLAGS, f"--workdir={tmp_path / 'run'}", JAX_COMPILATION_CACHE_DIR="") as both:
+        wait_until((tmp_path / "run" / "starts.jsonl").exists)
+        asked = time.monotonic()
+        both[0].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [75, 75], outputs
+    assert time.monotonic() - asked < 10

@@ -1,9 +1,12 @@
 """The memory table: exact where it can be counted, bounded where XLA decides."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs import common
 from dblocks_jax import memory
+from dblocks_jax.devices import naming_lack_of_memory
 from dblocks_jax.errors import UserError
 from dblocks_jax.memory import Memory, formula_bytes, memory_table
 
@@ -90,3 +93,10 @@ def test_mistakes_are_named(changes, message):
     config.update(changes)
     with pytest.raises(UserError, match=message):
         memory_table(config)
+
+
+def test_a_device_with_too_little_memory_is_one_line():
+    with pytest.raises(UserError, match=r"too little memory: try a smaller batch_size.*--mode=memory") as error:
+        with naming_lack_of_memory():
+            jax.block_until_ready(jnp.zeros((2**45,), jnp.float32))
+    assert "\n" not in str(error.value)

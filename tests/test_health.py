@@ -1,0 +1,158 @@
+"""Numbers that are not finite: the step changes nothing, is counted and named, and many in a row end the run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import command, finish, logged, saved_steps
+
+from configs import dblock_digits
+from dblocks_jax.devices import BLOCK, make_mesh
+from dblocks_jax.errors import Diverged
+from dblocks_jax.health import Health
+from dblocks_jax.objective import WORST_SIGMA
+from dblocks_jax.optimizer import new_part
+from dblocks_jax.step import SKIPPED, Augmentation, Parallel, Resident, Steps, Streamed, make_train_step
+from dblocks_jax.train import train
+
+PLAIN = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
+GOOD, BAD_LOSS, BAD_GRADIENT, HUGE_GRADIENT = 0, 255, 254, 253  # the first pixel of a batch decides
+
+
+def loss_fn(params, images, labels, key, within):
+    """A loss that is not finite, or whose gradient is not, where the first pixel of an image says so."""
+    del key, within
+    first = jnp.rint(images[:, 0, 0, 0] * 255)
+    w = params[0]["w"]
+    each = jnp.sum((w[None] - labels[:, None]) ** 2, axis=1)
+    each = jnp.where(first == BAD_LOSS, jnp.nan, each)
+    # A root at 0 has no derivative; a large factor overflows in the square of the norm.
+    zero = jnp.sum(w - jax.lax.stop_gradient(w))
+    is_bad = jnp.any(first == BAD_GRADIENT).astype(jnp.float32)
+    loss = jnp.mean(each) + jnp.sqrt(is_bad * zero + 1 - is_bad)
+    loss += jnp.where(jnp.any(first == HUGE_GRADIENT), 1e30, 0.0) * zero
+    return loss, {WORST_SIGMA: jnp.mean(labels.astype(jnp.float32))}
+
+
+def make(accumulate: int = 1):
+    return make_train_step(
+        loss_fn, augmentation=PLAIN, mean=(0.0,), std=(1.0,), seed=0, weight_decay=0.1, clip_norm=1.0,
+        accumulate=accumulate,
+    )  # fmt: skip
+
+
+def fresh():
+    return (jax.tree.map(jnp.array, new_part({"w": jnp.array([1.0, -2.0, 3.0])})),)
+
+
+def images_of(*kinds: int) -> np.ndarray:
+    return np.array(kinds, np.uint8)[:, None, None, None]
+
+
+def steps_of(count: int, position: int = 0, room: int = 1) -> Steps:
+    lr = np.full(room, 0.1, np.float32)
+    return Steps(count=np.int32(count), block=np.int32(0), position=np.int32(position), lr=lr, within=None)
+
+
+def assert_same(one, other) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("kind", [BAD_LOSS, BAD_GRADIENT, HUGE_GRADIENT])
+def test_a_bad_step_changes_nothing(kind):
+    """Neither parameters nor moments nor the step count; the step after it is as if it had not been."""
+    step, labels = make(), np.array([0, 1], np.int32)
+    before, _ = step(fresh(), Streamed(images_of(GOOD, GOOD), labels), steps_of(1))
+    expected = jax.device_get(before)
+    after, metrics = step(before, Streamed(images_of(GOOD, kind), labels), steps_of(1, position=1))
+    assert_same(jax.device_get(after), expected)
+    assert metrics[SKIPPED] == 1.0 and int(after[0].adam.count) == 1
+    again, metrics = step(after, Streamed(images_of(GOOD, GOOD), labels), steps_of(1, position=2))
+    without, _ = step(expected, Streamed(images_of(GOOD, GOOD), labels), steps_of(1, position=2))
+    assert_same(jax.device_get(again), jax.device_get(without))
+    assert metrics[SKIPPED] == 0.0
+
+
+def test_many_steps_in_one_call_skip_the_bad_ones():
+    images, labels = images_of(GOOD, BAD_LOSS, GOOD), np.array([0, 1, 2], np.int32)
+    data = Resident(images, labels, np.array([[0], [1], [2]], np.int32))
+    parts, metrics = make()(fresh(), data, steps_of(3, room=3))
+    assert list(metrics[SKIPPED]) == [0.0, 1.0, 0.0]
+    one_by_one = fresh()
+    for i in (0, 2):
+        one_by_one, _ = make()(one_by_one, Streamed(images[[i]], labels[[i]]), steps_of(1, position=i))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, one_by_one)
+
+
+def test_one_bad_micro_batch_spoils_the_update_and_is_the_one_that_is_named():
+    labels = np.array([5, 6, 7, 8], np.int32)  # the noise level in this test; micro-batch i takes i and i + 2
+    data = Streamed(images_of(GOOD, BAD_LOSS, GOOD, GOOD), labels)
+    parts, metrics = make(accumulate=2)(fresh(), data, steps_of(1))
+    assert_same(jax.device_get(parts), jax.device_get(fresh()))
+    assert metrics[SKIPPED] == 1.0 and metrics[WORST_SIGMA] == np.mean([6, 8])
+    data = Streamed(images_of(GOOD, GOOD, GOOD, GOOD), labels)
+    _, metrics = make(accumulate=2)(fresh(), data, steps_of(1))
+    assert metrics[SKIPPED] == 0.0 and metrics[WORST_SIGMA] == np.mean([6, 8])  # labels are far from w: the larger loss
+
+
+def test_common_parts_wait_for_all_blocks_that_train_side_by_side():
+    grads = ({"w": jnp.array([1.0, 3.0])}, {"w": jnp.array([5.0, 7.0])})
+    sound = jnp.array([True, False])
+
+    def combine(isolated: bool):
+        parallel = Parallel(make_mesh(), isolated=isolated)
+        return jax.vmap(parallel.combine, axis_name=BLOCK)(grads, sound)
+
+    (common, own), (is_common_sound, is_own_sound) = combine(isolated=False)
+    np.testing.assert_array_equal(common["w"], [2.0, 2.0])
+    np.testing.assert_array_equal(own["w"], [5.0, 7.0])
+    assert list(is_common_sound) == [False, False] and list(is_own_sound) == [True, False]
+    _, flags = combine(isolated=True)
+    assert [list(flag) for flag in flags] == [[True, False], [True, False]]
+
+
+def metrics_of(*skipped: int) -> dict[str, np.ndarray]:
+    return {SKIPPED: np.array(skipped, np.float32), WORST_SIGMA: np.arange(len(skipped), dtype=np.float32)}
+
+
+def test_bad_steps_are_counted_in_a_row_by_block_and_over_restarts():
+    health = Health(3, {})
+    assert health.take(1, 0, metrics_of(1, 1, 0, 1)) == [
+        {"step": 1, "block": 0, "sigma": 0.0}, {"step": 2, "block": 0, "sigma": 1.0},
+        {"step": 4, "block": 0, "sigma": 3.0},
+    ]  # fmt: skip
+    health.take(5, 1, metrics_of(1, 1))
+    health.check()
+    assert health.record == {"total": {"0": 3, "1": 2}, "in_a_row": {"0": 1, "1": 2}}
+    restarted = Health(3, json.loads(json.dumps(health.record)))
+    restarted.take(7, 0, metrics_of(1))
+    restarted.check()
+    restarted.take(8, 1, metrics_of(1))
+    with pytest.raises(Diverged, match=r"step 8, block 1: .* sigma = 0\), the last of 3 such steps in a row"):
+        restarted.check()
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_path):
+    """A rate so large that the first update of a block is its last."""
+    fields = {"num_epochs": 40, "lr": 1e30, "max_bad_steps": 7, "save_every_n_epochs": 2}
+    done = finish(*command(tmp_path, **fields))
+    assert done.returncode == 4 and not done.stdout
+    assert "the last of 7 such steps in a row" in done.stderr.splitlines()[-1]
+    skipped = [entry for line in logged(tmp_path) for entry in line.get("skipped", [])]
+    for block in (0, 1):
+        named = [entry for entry in skipped if entry["block"] == block]
+        assert all(0.002 <= entry["sigma"] <= 80 for entry in named)
+    assert saved_steps(tmp_path)  # steps that changed nothing are no reason to lose them
+    again = finish(*command(tmp_path, **fields))  # the count is part of the checkpoint
+    assert again.returncode == 4
+    assert again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
+
+
+def test_a_sound_run_counts_nothing(tmp_path):
+    config = dblock_digits.get_config()
+    config.update(num_layers=2, num_blocks=2, hidden_size=12, num_heads=2, intermediate_size=16, batch_size=700)
+    config.update(max_steps=2, eval_batch_size=360)
+    result = train(config, tmp_path, command=[], overrides={})
+    assert "steps_skipped" not in result and not any("skipped" in line for line in logged(tmp_path))
