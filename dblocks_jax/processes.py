@@ -66,8 +66,10 @@ def announce_stop() -> None:
 
 def is_stop_announced() -> bool:
     """Whether any process announced a stop."""
-    client = distributed.global_state.client
-    return client is not None and bool(client.key_value_dir_get(STOP))
+    with contextlib.suppress(Exception):  # the client is gone: the job is ending
+        if client := distributed.global_state.client:
+            return bool(client.key_value_dir_get(STOP))
+    return False
 
 
 def publish(number: int) -> None:
