@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from dblocks_jax.errors import UserError
 
 Params = Any  # nested dicts of arrays, one leaf for each nnx.Param
-ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
 class Part(NamedTuple):
@@ -31,7 +31,7 @@ def params_of(parts: dict[str, Part]) -> dict[str, Params]:
 
 def new_part(params: Params) -> Part:
     """A part with zero moments and step count 0."""
-    adam = ADAM.init(params)
+    adam = optax.scale_by_adam(BETA_1, BETA_2, EPSILON).init(params)
     assert isinstance(adam, optax.ScaleByAdamState)
     return Part(params, adam)
 
@@ -68,11 +68,20 @@ def adamw(
     clipped, sound = combine(jax.tree.map(lambda g: g * scale, grads), is_sound)
     updated = []
     for part, grad, is_part_sound in zip(parts, clipped, sound, strict=True):
-        direction, adam = ADAM.update(grad, part.adam)
-        assert isinstance(adam, optax.ScaleByAdamState)
-        params = jax.tree.map(lambda p, d: p - lr * (d + weight_decay * p), part.params, direction)
-        changed = Part(params, adam)
-        updated.append(jax.tree.map(partial(jnp.where, is_part_sound), changed, part))
+        params, (count, mu, nu) = part
+
+        def keep_unless_sound(new: Any, old: Any, is_sound: Bool[Array, ""] = is_part_sound) -> Any:
+            return jax.tree.map(partial(jnp.where, is_sound), new, old)
+
+        # The lines of `optax.scale_by_adam`, but the parameters are computed from the moments that are kept: otherwise
+        # XLA, which updates all three in place, must copy the old moments first.
+        count = keep_unless_sound(optax.safe_increment(count), count)
+        mu = keep_unless_sound(optax.tree.update_moment(grad, mu, BETA_1, 1), mu)
+        nu = keep_unless_sound(optax.tree.update_moment_per_elem_norm(grad, nu, BETA_2, 2), nu)
+        mean, square = optax.tree.bias_correction(mu, BETA_1, count), optax.tree.bias_correction(nu, BETA_2, count)
+        step = jax.tree.map(lambda p, m, s: m / (jnp.sqrt(s) + EPSILON) + weight_decay * p, params, mean, square)
+        params = keep_unless_sound(jax.tree.map(lambda p, s: p - lr * s, params, step), params)
+        updated.append(Part(params, optax.ScaleByAdamState(count, mu, nu)))
     return tuple(updated), norm
 
 

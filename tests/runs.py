@@ -57,9 +57,10 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def logged(workdir: Path) -> list[dict]:
-    """The lines of a run's log."""
+    """The whole lines of a run's log, which may be growing."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def result_of(done: subprocess.CompletedProcess) -> dict:

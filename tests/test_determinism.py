@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import command, saved_steps, started, wait_until
+from runs import command, logged, started, wait_until
 from saved import state_of
 
 from configs import dblock_digits
@@ -51,28 +51,32 @@ def measure(process_id: int) -> dict[str, int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("every", [4, 20])
+@pytest.mark.parametrize("every", [4, 2000])
 def test_memory_files_and_threads_stay_constant_over_2000_steps(tmp_path, capsys, every):
-    """Saved and scored so often; measured after each save of the last half."""
+    """Saved and scored so often; measured over the last half."""
     fields = {"num_epochs": 500, "save_every_n_epochs": every // 2, "log_every_n_steps": 4, "max_steps": 2000}
+
+    def steps_done() -> int:
+        return logged(tmp_path)[-1]["step"] if logged(tmp_path) else 0
+
     measured = []
     with started(*command(tmp_path, **fields), quiet=True) as process:
-        wait_until(lambda: max(saved_steps(tmp_path), default=0) >= 1000, 600)
-        while process.poll() is None and (step := max(saved_steps(tmp_path))) < 2000:
+        wait_until(lambda: steps_done() >= 1000, 600)
+        while (step := steps_done()) < 1990 and process.poll() is None:
             measured.append(measure(process.pid))
-            wait_until(lambda step=step: max(saved_steps(tmp_path)) != step or process.poll() is not None)
-    assert len(measured) > 700 // every
+            wait_until(lambda step=step: steps_done() > step or process.poll() is not None)
+    assert len(measured) > 20
     memory, files, threads = (np.array([point[what] for point in measured]) for what in ("memory", "files", "threads"))
     slope = np.polyfit(np.linspace(0, 1, len(memory)), memory, 1)[0]
     growth, of_a_save = slope / memory.mean(), slope / (1000 / every)
     with capsys.disabled():
         print(
             f"\n2000 steps, saved and scored at every {every}th: memory {memory.mean() / 1024:.0f} MiB, grown by "
-            f"{growth:.2%} in the last half, that is {of_a_save:.0f} KiB a save; open files {files.min()} to "
-            f"{files.max()}, threads {threads.min()} to {threads.max()}"
+            f"{growth:.2%} in the last half, or {of_a_save:.0f} KiB a save; open files {np.median(files):.0f} "
+            f"({files.min()} to {files.max()}), threads {np.median(threads):.0f} ({threads.min()} to {threads.max()})"
         )
-    # TensorStore 0.1.86 loses 0.7 KiB for each array that is saved (`KvStore.Spec.to_json`), and here are 180 of them.
-    assert of_a_save < 150
-    assert growth < 0.01 or every < 20
-    half = len(files) // 2
-    assert files[half:].max() <= files[:half].max() + 2 and threads[half:].max() <= threads[:half].max() + 2
+    # TensorStore 0.1.86 loses some memory for each array that is saved (`KvStore.Spec.to_json`), and here are 180.
+    assert growth < 0.01 or (every == 4 and of_a_save < 150)
+    half = len(files) // 2  # a save opens files and starts threads for a moment: a leak would raise what is between
+    for counts in (files, threads):
+        assert counts[half:].min() <= counts[:half].min() and np.median(counts[half:]) <= np.median(counts[:half]) + 1
