@@ -7,6 +7,11 @@ same command goes on from there); 130 or 143 after a second signal.
 
 import os
 import signal
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `dblocks_jax.stop` listens there is nothing to be saved
+        signal.signal(number, lambda *_: os._exit(75))
+
 import sys
 import traceback
 from itertools import pairwise
@@ -162,6 +167,4 @@ def _complain(problem: object, code: int) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):  # until `Stop` listens there is nothing to be saved
-        signal.signal(number, lambda *_: os._exit(Stopped.exit_code))
     app.run(main, flags_parser=parse_flags)

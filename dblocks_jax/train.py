@@ -214,6 +214,18 @@ def _train(
             if step == total_steps or step % save_every == 0:
                 save(step)
                 owes_score = is_scored(step)
+        model.wait()
+        seconds = time.perf_counter() - began
+
+        # The result: the best checkpoint by validation, or the last, on the test split.
+        checkpoints.wait()
+        result = {"mode": "train", "workdir": str(workdir), "step": total_steps, "checkpoint": total_steps}
+        if whole:
+            chosen, params = _chosen(checkpoints, total_steps, params_of(model.parts()))
+            result |= {"checkpoint": chosen, "split": "test", **score(chosen, params, test_source, "test")}
+        else:
+            logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
+            result |= {"blocks": list(blocks)}
     except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
         if isinstance(reason, UserError) and jax.process_count() > 1:
             raise  # the other processes know nothing of it, and cannot be asked to save
@@ -223,22 +235,14 @@ def _train(
         if not checkpoints.holds(step):
             raise Unsaved(f"{why} at step {step} of {total_steps}, which could not be saved") from reason
         raise type(reason)(f"{why} at step {step} of {total_steps}: the same command goes on from there") from reason
-    model.wait()
-    seconds = time.perf_counter() - began
-    checkpoints.wait()
-
-    # The result: the best checkpoint by validation, or the last, on the test split.
-    result = {"mode": "train", "workdir": str(workdir), "step": total_steps}
-    if whole:
-        chosen, params = _chosen(checkpoints, total_steps, params_of(model.parts()))
-        result |= {"checkpoint": chosen, "split": "test", **score(chosen, params, test_source, "test")}
-    else:
-        logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
-        result |= {"checkpoint": total_steps, "blocks": list(blocks)}
     result |= {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
     if skipped := sum(health.record["total"].values()):
         result |= {"steps_skipped": skipped}
-    unsaved = [f"step {failed}: {why}" for failed, why in checkpoints.failed.items()] + progress.unsaved()
+    if not checkpoints.holds(total_steps):  # the disk may have room again
+        save(total_steps)
+        checkpoints.wait()
+    lost = {step: why for step, why in checkpoints.failed.items() if not checkpoints.holds(step)}
+    unsaved = [f"step {step}: {why}" for step, why in lost.items()] + progress.unsaved()
     return result | {"unsaved": unsaved} if unsaved else result
 
 

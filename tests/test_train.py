@@ -179,6 +179,8 @@ def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
         ({"batch_size": 1438}, "a batch of 1438 images is larger than the training set of 1437"),
         ({"batch_size": 0}, "batch_size must be greater than 0"),
         ({"p_mean": -40.0}, "almost no noise between"),
+        ({"p_std": 0.03125}, "almost no noise between"),
+        ({"p_std": 0.25}, "almost no noise between"),
         ({"scheduler_type": "step"}, "constant_with_warmup, linear"),
         ({"image_size": 16, "patch_size": 4}, "digits"),
     ],
