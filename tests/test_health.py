@@ -145,9 +145,6 @@ def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_pat
         named = [entry for entry in skipped if entry["block"] == block]
         assert all(0.002 <= entry["sigma"] <= 80 for entry in named)
     assert saved_steps(tmp_path)  # steps that changed nothing are no reason to lose them
-    again = finish(*command(tmp_path, **fields))  # the count is part of the checkpoint
-    assert again.returncode == 4
-    assert again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
 
 
 def test_a_sound_run_counts_nothing(tmp_path):
