@@ -1,7 +1,8 @@
 """Score a classifier on a split: every image exactly once, whatever the batch size."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dblocks_jax.config import (
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
 from dblocks_jax.devices import DATA, gather, make_mesh, on_cpu, replicate, shard
-from dblocks_jax.errors import UserError
+from dblocks_jax.errors import Unusable, UserError
 from dblocks_jax.optimizer import Params
 from dblocks_jax.processes import check_alike, first_process_first
 from dblocks_jax.workdir import scores
@@ -44,7 +45,10 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     mesh = make_mesh()
-    with Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints:
+    with (
+        Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints,
+        _offering_others(checkpoints.steps()),
+    ):
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
         named_data_dir = config.data_dir
@@ -74,6 +78,14 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
         found = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
     sampler = {field: config[field] for field in SAMPLER_FIELDS} if config.model_type == "dblock" else {}
     return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **found, "sampler": sampler}
+
+
+@contextmanager
+def _offering_others(steps: list[int]) -> Iterator[None]:
+    try:
+        yield
+    except Unusable as error:
+        raise UserError(f"{error}. --checkpoint chooses another; there are {steps}") from error
 
 
 def evaluate(

@@ -58,7 +58,8 @@ def merge(
                 parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
     steps = count_steps(whole, card["images"]).steps
     with run_folder.claim(workdir):
-        run_folder.open_run(workdir, whole.to_dict(), card, command=command, overrides={})
+        was = run_folder.read_saved(workdir, run_folder.CONFIG)
+        run_folder.open_run(workdir, whole.to_dict(), card, was=was, command=command, overrides={})
         with Checkpoints(workdir) as checkpoints:
             checkpoints.save(steps, parts, {"config": whole.to_dict(), "data": card})
             checkpoints.wait()

@@ -117,7 +117,7 @@ def _train(
     # Resume, or start.
     with first_process_first("workdir"):
         held.enter_context(run_folder.claim(workdir))
-        run_folder.open_run(workdir, config.to_dict(), card, command=command, overrides=overrides)
+        run_folder.open_run(workdir, config.to_dict(), card, was=saved, command=command, overrides=overrides)
     scores: dict[int, float] = {}  # step -> accuracy on the validation split
     checkpoints = held.enter_context(
         Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k if val_source is not None else 0)

@@ -88,15 +88,26 @@ def _cannot_write(workdir: Path, error: OSError) -> UserError:
 
 
 def open_run(
-    workdir: Path, config: dict[str, Any], data: dict[str, Any], *, command: list[str], overrides: dict[str, Any]
+    workdir: Path,
+    config: dict[str, Any],
+    data: dict[str, Any],
+    *,
+    was: dict[str, Any] | None,
+    command: list[str],
+    overrides: dict[str, Any],
 ) -> None:
     """Keep config and data card, and add this start (when, what, with what, on what) to the record.
 
+    `was` is the config that lay there when it was compared with this one, before the folder was claimed.
+
     Raises:
-      UserError: the folder cannot be written, or another process does not see what the first one wrote.
+      UserError: the folder cannot be written, another run came in between, or another process does not see what the
+        first one wrote.
     """
     if not is_first():
         return _see(workdir / STARTS)
+    if read_saved(workdir, CONFIG) != was:
+        raise UserError(f"another run has begun in {workdir} meanwhile: run the command again")
     start = {
         "time": _now(),
         "command": command,

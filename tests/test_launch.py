@@ -58,6 +58,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     done = launch(*TINY, f"--workdir={tmp_path}", "--mode=eval")
     assert done.returncode == 1 and not done.stdout
     assert len(done.stderr.splitlines()) == 1 and f"state/{step} is damaged" in done.stderr
+    assert f"--checkpoint chooses another; there are [{step}]" in done.stderr
 
 
 def test_eight_devices_train_as_one(trained, tmp_path):

@@ -225,11 +225,20 @@ def test_other_images_under_the_same_config_are_refused(tmp_path):
 def test_a_log_cut_short_is_mended(tmp_path):
     """Killed before the first checkpoint and in the middle of a line: the log begins anew, whole."""
     config = tiny(vit_digits, num_epochs=1)
-    run_folder.open_run(tmp_path, config.to_dict(), CARD, command=[], overrides={})
+    run_folder.open_run(tmp_path, config.to_dict(), CARD, was=None, command=[], overrides={})
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "blocks": {}}\n{"step": 2, "bl')
     run(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "blocks" in line] == [1, 2]
+
+
+def test_a_run_that_came_in_between_is_not_overwritten(tmp_path):
+    """Between comparing the workdir's config and claiming the workdir another run may have begun there, and ended."""
+    first, second = ({"lr": rate} for rate in (0.1, 0.2))
+    run_folder.open_run(tmp_path, first, CARD, was=None, command=[], overrides={})
+    with pytest.raises(UserError, match="another run has begun"):
+        run_folder.open_run(tmp_path, second, CARD, was=None, command=[], overrides={})
+    assert run_folder.read_saved(tmp_path, run_folder.CONFIG) == first
 
 
 def test_evaluating_nothing_says_what_to_do(tmp_path):
