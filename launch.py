@@ -127,6 +127,8 @@ def main(argv: list[str]) -> None:
     except BaseException:
         processes.end_all(traceback.format_exc(), 1)
         raise
+    finally:
+        stop.end()
 
 
 def _log_our_own_lines() -> None:

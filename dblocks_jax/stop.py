@@ -39,6 +39,15 @@ class Stop:
             signal.signal(number, lambda *_: None)  # what the thread reads is written below Python, at once
         threading.Thread(target=self._answer, args=(read_end,), daemon=True, name="signals").start()
 
+    def end(self) -> None:
+        """Ignore signals from now on: all is done or said, and they must not change the exit code any more.
+
+        Not among several processes, whose exit waits for the others.
+        """
+        if not processes.are_several():
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
     def check(self) -> None:
         """Pass, or stop here.
 
