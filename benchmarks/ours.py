@@ -9,19 +9,17 @@ from ml_collections import ConfigDict
 from configs import dblock_cifar100, vit_cifar100
 from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
 from dblocks_jax.config import architecture, arithmetic, check_config
-from dblocks_jax.datasets import Dataset
+from dblocks_jax.datasets import Card
 from dblocks_jax.devices import make_mesh, replicate, shard
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.residence import OneAtATime
 from dblocks_jax.step import Resident, Steps
 
-CIFAR100 = Dataset(
-    name="cifar100",
+CIFAR100 = Card(
     class_names=tuple(str(label) for label in range(100)),
     image_shape=(32, 32, 3),
     mean=(0.5071, 0.4867, 0.4408),
     std=(0.2675, 0.2565, 0.2761),
-    load=lambda which: None,  # the images are random ones
 )
 
 
@@ -43,7 +41,7 @@ class OurSteps:
         blueprint, params = Blueprint.of(new_model(config, architecture(config, CIFAR100)))
         parts = replicate(jax.device_get({name: new_part(value) for name, value in params.items()}), mesh)
         loss_fn, self._ranges = make_objective(config, blueprint)
-        train_step = make_step(config, loss_fn, mean=CIFAR100.mean, std=CIFAR100.std)
+        train_step = make_step(config, loss_fn, CIFAR100)
         self._model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=False)
         rng = np.random.default_rng(0)
         count = 16 * config.batch_size

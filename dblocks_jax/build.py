@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.augment import normalize
 from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps, rest_on_host
+from dblocks_jax.datasets import Card
 from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.devices import to_device
 from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
@@ -100,20 +101,13 @@ def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, li
     return loss, list(ranges)
 
 
-def make_step(
-    config: ConfigDict,
-    loss_fn: LossFn,
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    parallel: Parallel | None = None,
-) -> TrainStep:
+def make_step(config: ConfigDict, loss_fn: LossFn, card: Card, parallel: Parallel | None = None) -> TrainStep:
     """Build the jitted training step that a config describes; see `make_train_step`."""
     return make_train_step(
         loss_fn,
         augmentation=Augmentation(config.crop_padding, config.flip, config.resized_crop, config.add_rand_aug),
-        mean=mean,
-        std=std,
+        mean=card.mean,
+        std=card.std,
         seed=config.seed,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
@@ -122,9 +116,15 @@ def make_step(
     )
 
 
-def make_classifier(
-    config: ConfigDict, blueprint: Blueprint, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Classifier:
+def sampler_plan(config: ConfigDict) -> tuple[Float[np.ndarray, " n"], list[int]]:
+    """(noise levels, descending; the block that runs at each of them) of the sampler that a config describes."""
+    noise = noise_distribution(config)
+    rho = KARRAS_RHO if config.sampler_spacing == "karras" else None
+    sigmas = inference_sigmas(noise, num_inference_steps(config), rho=rho)
+    return sigmas, blocks_of_sigmas(block_edges(noise, config.num_blocks), sigmas)
+
+
+def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Classifier:
     """Build the classifier that a config describes. It compiles once for all blocks and steps.
 
     An image's starting noise depends on the seed and its position in the split alone, not on the batch around it.
@@ -134,21 +134,18 @@ def make_classifier(
         @jax.jit
         def classify_plain(params, images, positions):
             del positions
-            return nnx.merge(blueprint.parts["model"], params["model"])(normalize(images, mean, std))[None]
+            return nnx.merge(blueprint.parts["model"], params["model"])(normalize(images, card.mean, card.std))[None]
 
         return classify_plain
 
-    noise = noise_distribution(config)
-    rho = KARRAS_RHO if config.sampler_spacing == "karras" else None
-    sigmas = inference_sigmas(noise, num_inference_steps(config), rho=rho)
-    blocks = blocks_of_sigmas(block_edges(noise, config.num_blocks), sigmas)
+    sigmas, blocks = sampler_plan(config)
     shared_graphdef = blueprint.parts[blueprint.names(0)[0]]
 
     @jax.jit
     def start(images, positions):
         keys = jax.vmap(partial(stream, config.seed, "sampler"))(positions)
         unit_noise = jax.vmap(lambda key: jax.random.normal(key, (config.hidden_size,)))(keys)
-        return normalize(images, mean, std), initial_z(unit_noise, sigmas[0], config.init_noise_scale)
+        return normalize(images, card.mean, card.std), initial_z(unit_noise, sigmas[0], config.init_noise_scale)
 
     @jax.jit
     def step(shared, block, images, z, sigma, sigma_next, labels_next):

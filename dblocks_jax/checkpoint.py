@@ -18,7 +18,7 @@ from dblocks_jax.processes import are_several, is_first
 FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
 PARAMS, ADAM, RUN = "params", "adam", "run"
-FORMAT = 2  # of checkpoints; format 1 had no checksums
+FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
 LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.curriculum import BLOCK_SCHEDULES, Curriculum
 from dblocks_jax.data import steps_per_epoch
-from dblocks_jax.datasets import Dataset, load_dataset
+from dblocks_jax.datasets import Card, Dataset, load_dataset
 from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges
 from dblocks_jax.errors import UserError
 from dblocks_jax.models.vit import Architecture
@@ -207,12 +207,12 @@ def find_dataset(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     )
 
 
-def architecture(config: ConfigDict, dataset: Dataset) -> Architecture:
-    """The transformer's sizes, for the images and classes of `dataset`."""
+def architecture(config: ConfigDict, card: Card) -> Architecture:
+    """The transformer's sizes, for the images and classes of a data set."""
     return Architecture(
         image_size=config.image_size,
-        channels=dataset.image_shape[2],
-        num_labels=len(dataset.class_names),
+        channels=card.image_shape[2],
+        num_labels=len(card.class_names),
         patch_size=config.patch_size,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

@@ -1,9 +1,9 @@
 """Data sets: random access to the uint8 images and labels of each split, loaded only when a split is asked for."""
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
 from io import BytesIO
@@ -89,14 +89,30 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """What is known of a data set before its images are read. `mean` and `std` are by channel, for pixels in 0..1."""
+class Card:
+    """What a model knows of its data. `mean` and `std` are by channel, for pixels in 0..1."""
 
-    name: str
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]  # height, width, channels
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Card":
+        """The card among what a run has saved of its data."""
+        height, width, channels = saved["image_shape"]
+        return cls(tuple(saved["class_names"]), (height, width, channels), tuple(saved["mean"]), tuple(saved["std"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved."""
+        return {entry.name: list(getattr(self, entry.name)) for entry in fields(Card)}
+
+
+@dataclass(frozen=True)
+class Dataset(Card):
+    """What is known of a data set before its images are read."""
+
+    name: str
     load: Callable[[str], Source | None] = field(repr=False)
 
     @overload
@@ -166,9 +182,8 @@ def load_dataset(
         def load(which: str) -> ArraySource:
             return _read_prepared(builder, which, stored.image_shape)
 
-    return Dataset(
-        name, class_names, stored.image_shape, stored.mean, stored.std, _with_val(load, name, val_fraction, seed)
-    )
+    split = _with_val(load, name, val_fraction, seed)
+    return Dataset(class_names, stored.image_shape, stored.mean, stored.std, name, split)
 
 
 def _with_val(load: Callable[[str], Source], name: str, fraction: float, seed: int) -> Callable[[str], Source | None]:
@@ -268,7 +283,7 @@ def _load_folder(root: Path, image_size: int, val_fraction: float, seed: int) ->
         return _open_images(*files[which], image_size)
 
     split = cache(load) if "val" in own else _with_val(load, str(root), val_fraction, seed)
-    return Dataset("folder", class_names, (image_size, image_size, 3), IMAGENET_MEAN, IMAGENET_STD, split)
+    return Dataset(class_names, (image_size, image_size, 3), IMAGENET_MEAN, IMAGENET_STD, "folder", split)
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -1,8 +1,7 @@
 """Score a classifier on a split: every image exactly once, whatever the batch size."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model, summarize
-from dblocks_jax.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.config import (
-    SAMPLER_FIELDS,
-    architecture,
-    arithmetic,
-    check_config,
-    check_same_data,
-    find_dataset,
-    for_evaluation,
-    image_dropout,
-    rest_on_host,
-    trained_blocks,
-)
+from dblocks_jax.build import Classifier, summarize
+from dblocks_jax.config import SAMPLER_FIELDS, arithmetic, check_same_data, find_dataset, image_dropout
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
-from dblocks_jax.devices import DATA, gather, make_mesh, on_cpu, replicate, shard
-from dblocks_jax.errors import Unusable, UserError
+from dblocks_jax.devices import DATA, gather, make_mesh, shard
+from dblocks_jax.load import Trained, load_run
 from dblocks_jax.optimizer import Params
 from dblocks_jax.processes import check_alike, first_process_first
-from dblocks_jax.workdir import scores
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -42,53 +28,35 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     Raises:
       UserError: there is no such run or checkpoint, or an override contradicts it.
     """
-    if not (workdir / FOLDER).is_dir():
-        raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     mesh = make_mesh()
-    with (
-        Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints,
-        _offering_others(checkpoints.steps()),
-    ):
-        step = checkpoints.find(checkpoint)
-        run = checkpoints.run(step)
-        named_data_dir = config.data_dir
-        config = for_evaluation(run["config"], overrides, config)
-        check_config(config)
-        blocks = trained_blocks(config)
-        if config.model_type == "dblock" and len(blocks) < config.num_blocks:
-            raise UserError(
-                f"{workdir} trained only blocks {list(blocks)} of {config.num_blocks}: join by --mode=merge"
-            )
-        check_alike("command", (config.to_dict(), step))
-        with first_process_first("data"):
-            # A checkpoint may be a stranger's: it cannot choose what is written where.
-            dataset = find_dataset(config, may_prepare=config.data_dir == named_data_dir)
-        check_same_data(run["data"], {"class_names": list(dataset.class_names)}, str(workdir))
-        if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
-            logging.warning(
-                "guidance asks the model about blank images, but it was trained without any: cfg_scale was 0"
-            )
-        with on_cpu():
-            blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
-            params = jax.device_get(params)
-        memory = "pinned_host" if rest_on_host(config) else "device"
-        params = checkpoints.restore_params(step, replicate(params, mesh, memory))
-    classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
-    with arithmetic(config):
-        found = evaluate(classify, params, dataset.split("test"), batch_size=config.eval_batch_size, mesh=mesh)
-    sampler = {field: config[field] for field in SAMPLER_FIELDS} if config.model_type == "dblock" else {}
-    return {"mode": "eval", "workdir": str(workdir), "checkpoint": step, "split": "test", **found, "sampler": sampler}
+    trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
+    test = find_test_split(trained, run, named=config, where=str(workdir))
+    with arithmetic(trained.config):
+        size = trained.config.eval_batch_size
+        found = metrics(*answers(trained.classify, trained.params, test, batch_size=size, mesh=mesh), test.labels)
+    return {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found} | {
+        "sampler": {field: trained.config[field] for field in SAMPLER_FIELDS if trained.config.model_type == "dblock"}
+    }
 
 
-@contextmanager
-def _offering_others(steps: list[int]) -> Iterator[None]:
-    try:
-        yield
-    except Unusable as error:
-        raise UserError(f"{error}. --checkpoint chooses another; there are {steps}") from error
+def find_test_split(trained: Trained, run: dict[str, Any], *, named: ConfigDict, where: str) -> Source:
+    """The test images of a saved run, checked to be of the classes that it was trained on. `named` is the command's.
+
+    Raises:
+      UserError: they cannot be had, or are others.
+    """
+    config = trained.config
+    check_alike("command", (config.to_dict(), trained.step))
+    with first_process_first("data"):
+        # A checkpoint may be a stranger's: it cannot choose what is written where.
+        dataset = find_dataset(config, may_prepare=config.data_dir == named.data_dir)
+    check_same_data(run["data"], {"class_names": list(dataset.class_names)}, where)
+    if config.cfg_scale > 0 and image_dropout(ConfigDict(run["config"])) == 0:
+        logging.warning("guidance asks the model about blank images, but it was trained without any: cfg_scale was 0")
+    return dataset.split("test")
 
 
-def evaluate(
+def answers(
     classify: Classifier,
     params: dict[str, Params],
     source: Source,
@@ -96,11 +64,11 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     at_each_batch: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Metrics of one split, as `metrics` returns them. The batch is rounded up to a multiple of the devices.
+) -> tuple[Int[np.ndarray, "n images"], Float[np.ndarray, "images classes"]]:
+    """(the label each step believes, the last step's logits) for every image of a split, in its order.
 
-    Each process reads and classifies its part of a batch, and gets the results of all. What `at_each_batch` raises ends
-    it.
+    The batch is rounded up to a multiple of the devices. Each process reads and classifies its part of a batch, and
+    gets the results of all. What `at_each_batch` raises ends it.
     """
     count = mesh.shape[DATA]
     batch_size = math.ceil(min(batch_size, len(source)) / count) * count
@@ -117,7 +85,7 @@ def evaluate(
     # Results are in the order of the split; what fills the last batch is at the end.
     believed = np.concatenate([labels for labels, _ in results], axis=1)[:, : len(source)]
     logits = np.concatenate([logits for _, logits in results])[: len(source)]
-    return metrics(believed, logits, source.labels)
+    return believed, logits
 
 
 def metrics(

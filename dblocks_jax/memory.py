@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
 from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, rest_on_host, trained_blocks
-from dblocks_jax.datasets import STORED, Dataset
+from dblocks_jax.datasets import STORED, Card
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.feed import RESIDENT_BYTES
 from dblocks_jax.optimizer import new_part
@@ -40,9 +40,9 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
     check_config(config)
     if config.block_parallel:
         make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
-    dataset = _without_images(config)
+    card = _without_images(config)
     rows = {
-        name: step_memory(_variant(config, model_type, remat), dataset)
+        name: step_memory(_variant(config, model_type, remat), card)
         for name, model_type, remat in (
             ("plain", "vit", False),
             ("plain + remat", "vit", True),
@@ -58,17 +58,17 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
         "rows": {name: {**asdict(memory), "formula": formula[name]} for name, memory in rows.items()},
     }
     if jax.default_backend() == "gpu":
-        result["peak_bytes_in_use"] = _peaks(config, dataset, rows)
+        result["peak_bytes_in_use"] = _peaks(config, card, rows)
         for name, peak in result["peak_bytes_in_use"].items():
             print(f"{name}: {peak / MIB:.0f} MiB really used at the peak")
     if gib is not None:
-        result["fits"] = _fits(config, dataset, rows, gib)
+        result["fits"] = _fits(config, card, rows, gib)
     return result
 
 
-def step_memory(config: ConfigDict, dataset: Dataset) -> Memory:
+def step_memory(config: ConfigDict, card: Card) -> Memory:
     """Compile the step that training would run, on one device, and read XLA's account of it. Allocates nothing."""
-    step, parts, idle, data, steps = build_step(config, dataset)
+    step, parts, idle, data, steps = build_step(config, card)
     with arithmetic(config):
         analysis = step.lower(parts, data, steps).compile().memory_analysis()
     parameters = _bytes([part.params for part in parts])
@@ -110,23 +110,23 @@ def _variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int |
     return config
 
 
-def build_step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
+def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
     """(jitted step, shapes of the parts it trains, of those that wait, of its batch, and its other arguments)."""
     blueprints = []
 
     def parts():
-        blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
+        blueprint, params = Blueprint.of(new_model(config, architecture(config, card)))
         blueprints.append(blueprint)
         return {name: new_part(part) for name, part in params.items()}
 
     shapes = jax.eval_shape(parts)
     blueprint = blueprints[0]
     loss, ranges = make_objective(config, blueprint)
-    step = make_step(config, loss, mean=dataset.mean, std=dataset.std)
+    step = make_step(config, loss, card)
     share_of = max(1, jax.device_count() // (config.num_blocks if config.block_parallel else 1))  # devices to a batch
     count = -(-config.batch_size // share_of) * config.accumulate_grad_batches
     shape_of: Any = jax.ShapeDtypeStruct
-    data = Streamed(shape_of((count, *dataset.image_shape), np.uint8), shape_of((count,), np.int32))
+    data = Streamed(shape_of((count, *card.image_shape), np.uint8), shape_of((count,), np.int32))
     zero = np.int32(0)
     steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0])
     blocks = trained_blocks(config)
@@ -135,20 +135,20 @@ def build_step(config: ConfigDict, dataset: Dataset) -> tuple[Any, tuple[Any, ..
     return step, active, mine, data, steps
 
 
-def _without_images(config: ConfigDict) -> Dataset:
+def _without_images(config: ConfigDict) -> Card:
     if config.dataset not in STORED:
         return find_dataset(config)
     stored = STORED[config.dataset]
     names = tuple(map(str, range(NUM_LABELS[config.dataset])))
     shape = (config.image_size, config.image_size, stored.image_shape[2])
-    return Dataset(config.dataset, names, shape, stored.mean, stored.std, lambda which: None)
+    return Card(names, shape, stored.mean, stored.std)
 
 
 def _bytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def _fits(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
+def _fits(config: ConfigDict, card: Card, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
     """Which rows fit, and the smallest number of blocks with which DiffusionBlocks do."""
     limit = gib * 2**30
     fits: dict[str, Any] = {name: memory.total + memory.idle <= limit for name, memory in rows.items()}
@@ -157,7 +157,7 @@ def _fits(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory], gib: fl
     for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
         fits[name] = None
         for num_blocks in divisors:
-            memory = step_memory(_variant(config, "dblock", remat, num_blocks), dataset)
+            memory = step_memory(_variant(config, "dblock", remat, num_blocks), card)
             if memory.total + memory.idle <= limit:
                 fits[name] = num_blocks
                 break
@@ -191,13 +191,13 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
     return "\n".join(lines)
 
 
-def _peaks(config: ConfigDict, dataset: Dataset, rows: dict[str, Memory]) -> dict[str, int]:
+def _peaks(config: ConfigDict, card: Card, rows: dict[str, Memory]) -> dict[str, int]:
     """Bytes in use at the peak of a real step of each row. The device keeps one maximum, so the smallest goes first."""
     device = jax.local_devices()[0]
     peaks = {}
     for name in sorted(rows, key=lambda name: rows[name].total):
         model_type = "dblock" if name.startswith("Diffusion") else "vit"
-        step, parts, _, data, steps = build_step(_variant(config, model_type, name.endswith("remat")), dataset)
+        step, parts, _, data, steps = build_step(_variant(config, model_type, name.endswith("remat")), card)
         real = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), (parts, data))
         with arithmetic(config):
             jax.block_until_ready(step(*real, steps))

@@ -30,7 +30,7 @@ from dblocks_jax.datasets import Source
 from dblocks_jax.devices import check_batch_size, make_mesh, on_cpu, replicate
 from dblocks_jax.diffusion.noise import stack_ranges
 from dblocks_jax.errors import Stopped, Unsaved, Unusable, UserError
-from dblocks_jax.evaluate import evaluate
+from dblocks_jax.evaluate import answers, metrics
 from dblocks_jax.feed import make_feed
 from dblocks_jax.health import Health
 from dblocks_jax.optimizer import Params, new_part, params_of
@@ -86,7 +86,7 @@ def _train(
     total_steps, updates, steps_per_epoch = count_steps(config, len(train_source))
     images_per_step = config.batch_size * config.accumulate_grad_batches
     val_source, test_source = dataset.split("val"), dataset.split("test")
-    card = {"class_names": list(dataset.class_names), "images": len(train_source)}
+    card = dataset.to_dict() | {"images": len(train_source)}
     saved_card = run_folder.read_saved(workdir, run_folder.DATA)
     if saved_card is not None:
         check_same_data(saved_card, card, str(workdir))
@@ -101,10 +101,10 @@ def _train(
     parts = replicate(parts, mesh, "pinned_host" if rest_on_host(config) else "device")
     loss_fn, ranges = make_objective(config, blueprint)
     parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
-    train_step = make_step(config, loss_fn, mean=dataset.mean, std=dataset.std, parallel=parallel)
+    train_step = make_step(config, loss_fn, dataset, parallel)
     plan = curriculum(config, total_steps)
     lr_at = schedule(config, updates)
-    classify = make_classifier(config, blueprint, mean=dataset.mean, std=dataset.std)
+    classify = make_classifier(config, blueprint, dataset)
 
     # Some blocks alone cannot classify: a run of theirs is merged with the others' before it is scored.
     whole = config.model_type == "vit" or len(blocks) == config.num_blocks
@@ -167,9 +167,9 @@ def _train(
         checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card, "skipped": health.record})
 
     def score(step: int, params: dict[str, Params], source: Source, split: str) -> dict[str, Any]:
-        found = evaluate(
-            classify, params, source, batch_size=config.eval_batch_size, mesh=mesh, at_each_batch=stop.check
-        )
+        size = config.eval_batch_size
+        answered = answers(classify, params, source, batch_size=size, mesh=mesh, at_each_batch=stop.check)
+        found = metrics(*answered, source.labels)
         if step not in on_record[split]:
             progress.evaluated(step, split, found)
         return found
@@ -204,12 +204,12 @@ def _train(
             )
             if isinstance(model, SideBySide):
                 steps = steps._replace(block=np.arange(len(blocks), dtype=np.int32), within=stack_ranges(ranges))
-                metrics, trained = model.train(data, steps), blocks
+                log, trained = model.train(data, steps), blocks
             else:
-                metrics, trained = model.train(block, data, steps), (block,)
+                log, trained = model.train(block, data, steps), (block,)
             step += count
-            progress.add(step, trained, count, lr[-1], metrics, feed.waited)
-            pace.add(count, metrics)
+            progress.add(step, trained, count, lr[-1], log, feed.waited)
+            pace.add(count, log)
 
             if step == total_steps or step % save_every == 0:
                 save(step)

@@ -170,7 +170,7 @@ def an_older_format(workdir: Path) -> None:
         (empty, "state/3 is damaged"),
         (a_file, "state/3 is damaged"),
         (another_architecture, "shared/w: expected float32[20, 3], found float32[20, 4]"),
-        (an_older_format, "state/3 has format 1, but this version of the program reads format 2"),
+        (an_older_format, "state/3 has format 1, but this version of the program reads format 3"),
     ],
 )
 def test_what_is_no_checkpoint_of_this_run_is_named_and_set_aside(two, tmp_path, caplog, add, reason):

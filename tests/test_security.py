@@ -8,9 +8,12 @@ from runs import ROOT, command, finish
 
 from configs import dblock_digits
 from dblocks_jax import tfds_builders
+from dblocks_jax.build import Blueprint
 from dblocks_jax.checkpoint import Checkpoints
+from dblocks_jax.datasets import Card
 from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import evaluate_run
+from dblocks_jax.evaluate import find_test_split
+from dblocks_jax.load import Trained
 from dblocks_jax.optimizer import new_part
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch"}
@@ -50,12 +53,12 @@ def test_a_checkpoint_cannot_make_evaluation_write_where_it_says(tmp_path, monke
     """Its config names a folder for data: that is looked into, but only a folder that the user named is written."""
     config = dblock_digits.get_config()
     config.update(dataset="cifar10", image_size=32, patch_size=4, data_dir=str(tmp_path / "elsewhere"))
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        run = {"config": config.to_dict(), "data": {"class_names": list("0123456789"), "images": 3}}
-        checkpoints.save(1, {"shared": new_part({"w": 0.0})}, run)
+    card = Card(tuple("0123456789"), (32, 32, 3), (0.5,) * 3, (0.5,) * 3)
+    trained = Trained(config, card, 1, Blueprint({}), {}, lambda *_: pytest.fail("it classified"))
+    run = {"config": config.to_dict(), "data": card.to_dict()}
     monkeypatch.setattr(tfds_builders, "_check_reachable", lambda url: pytest.fail("it tried to download"))
     with pytest.raises(UserError, match=r"there is no prepared cifar10 in .*elsewhere.*set --config.data_dir"):
-        evaluate_run(dblock_digits.get_config(), tmp_path / "run", overrides={}, checkpoint="last")
+        find_test_split(trained, run, named=dblock_digits.get_config(), where="run")
     assert not (tmp_path / "elsewhere").exists()
 
 

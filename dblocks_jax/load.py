@@ -1,0 +1,125 @@
+"""A trained model, ready to classify: from a run's folder or from an exported one, without its data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model
+from dblocks_jax.checkpoint import FOLDER, Checkpoints
+from dblocks_jax.config import (
+    architecture,
+    arithmetic,
+    check_config,
+    for_evaluation,
+    rest_on_host,
+    trained_blocks,
+)
+from dblocks_jax.datasets import Card
+from dblocks_jax.devices import make_mesh, on_cpu, replicate
+from dblocks_jax.errors import Unusable, UserError
+from dblocks_jax.optimizer import Params
+from dblocks_jax.workdir import scores
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its numbers. Call it with a batch of images.
+
+    Images are uint8 [b, h, w, c] as they are in the data set: normalisation is inside, and every batch size compiles
+    once. Under `init_noise_scale` > 0 an image's noise depends on the seed and on its place in the batch.
+    """
+
+    config: ConfigDict = field(repr=False)
+    card: Card  # class names; height, width and channels of the images
+    step: int  # of training
+    blueprint: Blueprint = field(repr=False)
+    params: dict[str, Params] = field(repr=False)  # by part
+    classify: Classifier = field(repr=False)
+
+    def __call__(self, images: UInt8[np.ndarray | Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """The model's answer: logits.
+
+        Raises:
+          UserError: the images have another type or shape than those it was trained on.
+        """
+        return self.by_step(images)[-1]
+
+    def by_step(self, images: UInt8[np.ndarray | Array, "b h w c"]) -> Float[Array, "n b classes"]:
+        """Logits after each denoising step; the last ones are the answer. The plain model has one step.
+
+        Raises:
+          UserError: the images have another type or shape than those it was trained on.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != self.card.image_shape:
+            raise UserError(
+                f"images must be uint8 [b, {', '.join(map(str, self.card.image_shape))}], "
+                f"not {images.dtype} {list(images.shape)}"
+            )
+        with arithmetic(self.config):
+            return self.classify(self.params, jnp.asarray(images), jnp.arange(len(images), dtype=jnp.int32))
+
+
+def load_classifier(workdir: str | Path, checkpoint: str = "best") -> Trained:
+    """The trained model of a run: its `checkpoint` is "best", "last" or a step.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    return load_run(Path(workdir), checkpoint=checkpoint)[0]
+
+
+def load_run(
+    workdir: Path,
+    *,
+    checkpoint: str,
+    config: ConfigDict | None = None,
+    overrides: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Trained, dict[str, Any]]:
+    """(a run's model on every device of the mesh, what its checkpoint tells of the run).
+
+    `config` supplies fields that an older run did not have, `overrides` are what the command line says of the sampler.
+
+    Raises:
+      UserError: there is no such run or checkpoint, it is damaged, or an override contradicts it.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
+    with (
+        Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints,
+        _offering_others(checkpoints.steps()),
+    ):
+        step = checkpoints.find(checkpoint)
+        run = checkpoints.run(step)
+        given = ConfigDict(run["config"]) if config is None else config
+        merged = for_evaluation(run["config"], overrides or {}, given)
+        check_config(merged)
+        blocks = trained_blocks(merged)
+        if merged.model_type == "dblock" and len(blocks) < merged.num_blocks:
+            raise UserError(
+                f"{workdir} trained only blocks {list(blocks)} of {merged.num_blocks}: join by --mode=merge"
+            )
+        card = Card.of(run["data"])
+        with on_cpu():
+            blueprint, params = Blueprint.of(new_model(merged, architecture(merged, card)))
+            params = jax.device_get(params)
+        memory = "pinned_host" if rest_on_host(merged) else "device"
+        params = checkpoints.restore_params(step, replicate(params, mesh or make_mesh(), memory))
+    return Trained(merged, card, step, blueprint, params, make_classifier(merged, blueprint, card)), run
+
+
+@contextmanager
+def _offering_others(steps: list[int]) -> Iterator[None]:
+    try:
+        yield
+    except Unusable as error:
+        raise UserError(f"{error}. --checkpoint chooses another; there are {steps}") from error
