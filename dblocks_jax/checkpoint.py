@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from absl import logging
 
 from dblocks_jax.errors import Unusable, UserError, brief
 from dblocks_jax.optimizer import Params, Part, params_of
-from dblocks_jax.processes import are_several, is_first
+from dblocks_jax.processes import are_several, first_process_first, is_first
 
 FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone.
@@ -40,7 +41,15 @@ class Checkpoints:
         self._read_only = read_only
         self._taken_over: set[int] = set()  # steps that were saved or restored here
         self._latest_save = 0
-        self._manager: Any = self._open()
+        self._opened: Any = None
+        assert self._manager
+
+    @property
+    def _manager(self) -> Any:
+        """Orbax's, opened anew after a save that failed: it may take that checkpoint for one that is there."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
@@ -68,8 +77,8 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-        if self._manager is not None:
-            self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -80,8 +89,11 @@ class Checkpoints:
         return step == 0 or (self._folder / str(step)).is_dir()
 
     def best(self) -> list[int]:
-        """Steps of the checkpoints that have a score, the best first."""
-        return _ranked(self.steps(), self._scores)
+        """Steps of the checkpoints that have a score, the best first; none where none is kept for its score.
+
+        Which are left then beside the latest depends on when the run was interrupted.
+        """
+        return _ranked(self.steps(), self._scores) if self._save_top_k else []
 
     def find(self, which: str) -> int:
         """The step that "best", "last" or a number names.
@@ -110,26 +122,32 @@ class Checkpoints:
         self.wait()
         self._taken_over.add(step)
         trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
         checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
         record = {"format": FORMAT, "checksums": checksums, "run": run}
         items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
         with self._noting_failure(step):
-            if self._manager is None:
-                self._manager = self._open()
             self._latest_save = step
-            self._manager.save(step, args=self._ocp.args.Composite(**items, **{RUN: self._ocp.args.JsonSave(record)}))
+            args = self._ocp.args.Composite(**items, **{RUN: self._ocp.args.JsonSave(record)})
+            if not self._manager.save(step, args=args):
+                raise RuntimeError("Orbax did not begin to save")
 
     def look(self) -> None:
         """Notice a save that has failed meanwhile. Does not wait."""
-        if self._manager is not None:
-            with self._noting_failure(self._latest_save):
-                self._manager.check_for_errors()
+        # Not Orbax's `check_for_errors`: who asks takes the error away from the thread that would remove older
+        # checkpoints only after a success.
+        if not self.is_saving():
+            self.wait()
+
+    def is_saving(self) -> bool:
+        """Whether something is being written or removed. From any thread."""
+        return self._opened is not None and self._opened.is_saving_in_progress()
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""
-        if self._manager is not None:
+        if self._opened is not None:
             with self._noting_failure(self._latest_save):
-                self._manager.wait_until_finished()
+                self._opened.wait_until_finished()
 
     @contextmanager
     def _noting_failure(self, step: int) -> Iterator[None]:
@@ -142,8 +160,8 @@ class Checkpoints:
             self.failed[step] = reason
             logging.error("cannot save step %d in %s; what was saved before is intact (%s)", step, self._folder, reason)
             with suppress(Exception):
-                self._manager.close()
-            self._manager = None  # it may take the failed checkpoint for one that is there
+                self._opened.close()
+            self._opened = None
             self._taken_over.discard(step)
 
     def resume(self, parts: dict[str, Part]) -> tuple[int, dict[str, Part], dict[str, Any]]:
@@ -175,12 +193,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         folder = self._workdir / DAMAGED
-        count = len(list(folder.glob("*"))) if folder.is_dir() else 0
-        place = folder / f"{step}_{count}"
-        if is_first():
-            folder.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(place)
-            self._manager.reload()
+        place = next(place for i in count() if not (place := folder / f"{step}_{i}").exists())
+        with first_process_first("damaged"):
+            if is_first():
+                folder.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(place)
+        self._manager.reload()
         return place
 
     def restore(self, step: int, parts: dict[str, Part]) -> dict[str, Part]:

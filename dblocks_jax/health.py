@@ -37,8 +37,8 @@ class Health:
             skipped.append({"step": first_step + i, "block": block, "sigma": sigma})
             if in_a_row[name] == 1:
                 logging.warning("%s: the update is skipped", describe(skipped[-1]))
-            if in_a_row[name] == self._max_bad_steps:
-                self._too_many = f"{describe(skipped[-1])}, the last of {self._max_bad_steps} such steps in a row"
+            if in_a_row[name] >= self._max_bad_steps and not self._too_many:
+                self._too_many = f"{describe(skipped[-1])}, the last of {in_a_row[name]} such steps in a row"
         return skipped
 
     def check(self) -> None:
@@ -49,7 +49,7 @@ class Health:
         """
         if self._too_many:
             raise Diverged(
-                f"{self._too_many}. Those steps changed nothing, and the last checkpoint is from before them. "
+                f"{self._too_many}. Those steps changed nothing: the last checkpoint holds what was there before them. "
                 "Try a smaller lr, more num_warmup_steps, or a larger sigma_min"
             )
 

@@ -8,7 +8,6 @@ import jax
 from dblocks_jax.step import Log
 
 SECONDS = 1.0  # of work that may be waiting for the device, and that one call may hold
-CALLS = 2  # however long they are, so many may wait: the device must not wait for the host
 
 
 class Pace:
@@ -34,8 +33,11 @@ class Pace:
         self._asked = now
         self._queue.append((count, metrics))
         self._collect()
-        while len(self._queue) > CALLS and (
-            self._step_seconds is None or sum(count for count, _ in self._queue) * self._step_seconds > SECONDS
+        # One call may wait behind the one under way, however long they are: the device must not wait for the host.
+        while len(self._queue) > 1 and (
+            len(self._queue) > 2
+            if self._step_seconds is None
+            else sum(count for count, _ in self._queue) * self._step_seconds > SECONDS
         ):
             jax.block_until_ready(self._queue[0][1])
             self._collect()

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from dblocks_jax import processes
 from dblocks_jax.errors import Stopped
@@ -73,19 +74,24 @@ class Stop:
 
     def _answer(self, signals: int) -> None:
         """What the thread does: wait for the first signal here or elsewhere, then for the second or a safe moment."""
+        name = ""
         while not select.select([signals], [], [], LOOK_AROUND_SECONDS if processes.are_several() else None)[0]:
             if processes.is_stop_announced():
                 break
         else:
             name = signal.Signals(os.read(signals, 1)[0]).name
-            print(f"launch.py: {name}: stopping when the step is saved; once more to end at once", file=sys.stderr)
         processes.announce_stop()
         self.ask()
+        if name:
+            with suppress(OSError, ValueError):  # Ctrl-C may have ended whoever reads what we print
+                print(f"launch.py: {name}: stopping when the step is saved; once more to end at once", file=sys.stderr)
         while True:
             if processes.are_several():
                 if self._checks == 0:  # nobody can have finished a step without this process
                     processes.end_all("launch.py: stopped before the first step", Stopped.exit_code)
-            elif self.is_safe():
-                os._exit(Stopped.exit_code)
+            else:
+                with suppress(OSError):  # of a disk that cannot be asked
+                    if self.is_safe():
+                        os._exit(Stopped.exit_code)
             if select.select([signals], [], [], LOOK_SECONDS)[0]:
                 os._exit(128 + os.read(signals, 1)[0])

@@ -47,13 +47,23 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
             scores[step] = top1
         checkpoints.wait()
         assert (checkpoints.best(), checkpoints.steps()) == ([20, 40, 50], [20, 40, 50])
-    with Checkpoints(tmp_path, scores=scores, read_only=True) as checkpoints:
+    with Checkpoints(tmp_path, scores=scores, save_top_k=1, read_only=True) as checkpoints:
         assert [checkpoints.find(which) for which in ("best", "last", "40")] == [20, 50, 40]
         with pytest.raises(UserError, match=r"'30'.*\[20, 40, 50\]"):
             checkpoints.find("30")
         params = checkpoints.restore_params(20, {name: part.params for name, part in parts_of(0.0).items()})
         assert checkpoints.run(20)["lr"] == 0.1
     np.testing.assert_array_equal(params["shared"]["w"], 20.0)
+
+
+def test_where_none_is_kept_for_its_score_the_best_is_the_last(tmp_path):
+    """Which are left beside the last depends on interruptions, and the result must not."""
+    with Checkpoints(tmp_path, scores={10: 0.9, 20: 0.1}, save_top_k=0) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, parts_of(float(step)), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 20]
+        assert checkpoints.best() == [] and checkpoints.find("best") == 20
 
 
 def test_without_validation_the_best_is_the_last(tmp_path):

@@ -282,6 +282,36 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path, monkeyp
     assert result["cross_entropy"] == expected["cross_entropy"]
 
 
+def test_after_a_save_that_failed_the_older_ones_are_there_and_can_be_read(tmp_path):
+    """The one before and the best of all stay, although the failed one would have taken a place."""
+    state, aside = tmp_path / "state", tmp_path / "aside"
+    with Checkpoints(tmp_path, scores={1: 0.9, 2: 0.1, 3: 0.2}, save_top_k=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, parts_of(step), RUN)
+        checkpoints.wait()
+        shutil.move(state, aside)
+        state.symlink_to("/proc/self/net")
+        checkpoints.save(4, parts_of(4), RUN)
+        wait_until(lambda: checkpoints.look() or bool(checkpoints.failed))
+        state.unlink()
+        shutil.move(aside, state)
+        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.best()[0] == 1
+        found = checkpoints.restore_params(1, {name: part.params for name, part in parts_of(0).items()})
+        np.testing.assert_array_equal(found["shared"]["w"], parts_of(1)["shared"].params["w"])
+        checkpoints.save(4, parts_of(4), RUN)  # there is room again
+    assert saved_steps(tmp_path) == [1, 3, 4]
+
+
+def test_what_is_set_aside_finds_a_free_name(two, tmp_path):
+    workdir = copy(two, tmp_path / "run")
+    (workdir / "damaged" / "3_1").mkdir(parents=True)
+    for name in ("3_0", "3_2"):
+        empty(workdir)
+        assert resume(workdir)[0] == 2
+        assert (workdir / "damaged" / name).is_dir()
+
+
 def test_a_workdir_that_vanishes_is_made_anew(tmp_path, monkeypatch, caplog):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:

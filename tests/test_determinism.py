@@ -77,6 +77,7 @@ def test_memory_files_and_threads_stay_constant_over_2000_steps(tmp_path, capsys
         )
     # TensorStore 0.1.86 loses some memory for each array that is saved (`KvStore.Spec.to_json`), and here are 180.
     assert growth < 0.01 or (every == 4 and of_a_save < 150)
-    half = len(files) // 2  # a save opens files and starts threads for a moment: a leak would raise what is between
+    # A save opens files and starts threads for a moment: a leak would raise what is left between two saves.
+    half = len(files) // 2
     for counts in (files, threads):
-        assert counts[half:].min() <= counts[:half].min()
+        assert counts[half:].min() - counts[:half].min() < 0.1 * (500 / every) + 1

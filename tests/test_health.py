@@ -134,6 +134,15 @@ def test_bad_steps_are_counted_in_a_row_by_block_and_over_restarts():
         restarted.check()
 
 
+def test_a_smaller_limit_after_a_restart_counts_what_was_before():
+    health = Health(20, {})
+    health.take(1, 0, metrics_of(*[1] * 12))
+    restarted = Health(5, health.record)
+    restarted.take(13, 0, metrics_of(1, 1))
+    with pytest.raises(Diverged, match=r"step 13, .* the last of 13 such steps in a row"):
+        restarted.check()
+
+
 def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_path):
     """A rate so large that the first update of a block is its last."""
     fields = {"num_epochs": 40, "lr": 1e30, "max_bad_steps": 7, "save_every_n_epochs": 2}

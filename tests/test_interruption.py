@@ -145,6 +145,20 @@ def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, co
     assert time.monotonic() - asked < 2
 
 
+def test_a_signal_is_answered_where_nobody_reads_what_is_said():
+    """Ctrl-C ends `tee` first: then the line about it cannot be printed."""
+    wait = (
+        "import time; from dblocks_jax.stop import Stop\n"
+        "stop = Stop(); stop.is_safe = lambda: stop._asked; stop.listen()\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with started(sys.executable, "-c", wait) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == "ready\n"
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 75
+
+
 class StopAt(Stop):
     """Asks for a stop at its n-th check."""
 
