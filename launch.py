@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import sys
 import traceback
 from itertools import pairwise
-from logging import WARNING, LogRecord
+from logging import WARNING, Formatter, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,39 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config fil
 MODES = {
     "train": "start or resume a run",
     "eval": "score a saved run",
-    "merge": "join blocks that were trained apart",
+    "predict": "classify image files",
+    "report": "one HTML page about a run",
+    "compare": "one HTML page and a table about several runs",
+    "inspect": "model, noise ranges and data, without training",
     "memory": "what a step needs, without training",
+    "merge": "join blocks that were trained apart",
+    "import": "make a run of the released program's checkpoint",
+    "export": "safetensors, model card and StableHLO of a run",
 }
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {text}" for name, text in MODES.items()))
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run [checkpoints/<config><postfix>].")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see the README.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Of a run: best, last, or the step of a checkpoint.")
 PARTS = flags.DEFINE_list("parts", [], "For merge: folders of the runs to join, with commas between.")
+RUNS = flags.DEFINE_list("runs", [], "For compare: folders of runs, with commas or spaces between.")
+IMAGES = flags.DEFINE_list("images", [], "For predict: image files and folders, with commas or spaces between.")
+SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "For eval: best, last, or the step of a checkpoint.")
+# flag -> the modes that take it
+MODES_OF = {
+    "checkpoint": ("eval", "predict", "report", "export"),
+    "distributed": ("train", "eval"),
+    "parts": ("merge",),
+    "runs": ("compare",),
+    "images": ("predict",),
+    "source": ("import",),
+    "gib": ("memory",),
+}
+NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse, with a mistake answered by one line and exit code 2."""
+    """Parse, with a mistake answered by one line and exit code 2. What is left are names for --runs or --images."""
     for path in _config_paths(argv):
         if not Path(path).is_file():
             sys.exit(_complain(f"there is no config file {path}", code=2))
@@ -53,23 +73,30 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_complain(f"unknown config field {_innermost(error)}", code=2))
     except Exception as error:  # whatever a config file raises, besides flags that do not parse
         sys.exit(_complain(_innermost(error), code=2))
-    if config is None:
-        sys.exit(_complain("--config is missing: name a file, such as --config=configs/dblock_digits.py", code=2))
-    if len(rest) > 1:
-        sys.exit(_complain(f"unexpected argument {rest[1]!r}: flags start with --", code=2))
-    if CHECKPOINT.present and MODE.value != "eval":
-        sys.exit(_complain("--checkpoint chooses what --mode=eval scores; training goes on from the last", code=2))
-    if bool(PARTS.value) != (MODE.value == "merge"):
-        sys.exit(_complain("--mode=merge and --parts=FOLDER,FOLDER,... belong together", code=2))
-    if DISTRIBUTED.value and MODE.value in ("merge", "memory"):
-        sys.exit(_complain(f"--mode={MODE.value} is for one process: leave out --distributed", code=2))
-    if GIB.present and MODE.value != "memory":
-        sys.exit(_complain("--gib is a question to --mode=memory", code=2))
+    if mistake := _mistake(config, rest[1:]):
+        sys.exit(_complain(mistake, code=2))
+    return rest
+
+
+def _mistake(config: Any, rest: list[str]) -> str | None:
+    """What is wrong with flags that parse, or nothing."""
+    mode = MODE.value
+    for flag, modes in MODES_OF.items():
+        if flags.FLAGS[flag].present and mode not in modes:
+            return f"--{flag} is for --mode={' or '.join(modes)}, not for {mode}"
+    if mode in NEEDED and not flags.FLAGS[NEEDED[mode]].value:
+        return f"--mode={mode} needs --{NEEDED[mode]}"
+    if rest and mode not in ("compare", "predict"):
+        return f"unexpected argument {rest[0]!r}: flags start with --"
+    if config is None:  # comparing reads those of the runs
+        return (
+            None if mode == "compare" else "--config is missing: name a file, such as --config=configs/dblock_digits.py"
+        )
     differing = set(config) ^ set(common.get_config()) if isinstance(config, ConfigDict) else {"its type"}
     if differing:
         names = ", ".join(sorted(differing))
-        sys.exit(_complain(f"get_config must return the ConfigDict of configs/common.py; differing: {names}", code=2))
-    return rest
+        return f"get_config must return the ConfigDict of configs/common.py; differing: {names}"
+    return None
 
 
 def _config_paths(argv: list[str]) -> list[str]:
@@ -89,20 +116,19 @@ def _innermost(error: Exception) -> str:
 
 def main(argv: list[str]) -> None:
     config = CONFIG.value
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(WORKDIR.value or f"checkpoints/{name}{config.postfix}")
+    overrides, folder = {}, "checkpoints"
+    if config is not None:
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+        folder = f"checkpoints/{name}{config.postfix}"
+    workdir = Path(WORKDIR.value or folder)
     _log_our_own_lines()
     _hide_what_is_raised_anyway()
     _keep_compiled_programs()
 
     from dblocks_jax import processes
     from dblocks_jax.devices import naming_lack_of_memory
-    from dblocks_jax.evaluate import evaluate_run
-    from dblocks_jax.memory import memory_table
-    from dblocks_jax.merge import merge
     from dblocks_jax.stop import Stop
-    from dblocks_jax.train import train
     from dblocks_jax.workdir import finish
 
     stop = Stop()
@@ -112,14 +138,7 @@ def main(argv: list[str]) -> None:
             logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
         stop.listen()
         with naming_lack_of_memory():
-            if MODE.value == "eval":
-                result = evaluate_run(config, workdir, overrides=overrides, checkpoint=CHECKPOINT.value)
-            elif MODE.value == "merge":
-                result = merge([Path(part) for part in PARTS.value], workdir, command=sys.argv, overrides=overrides)
-            elif MODE.value == "memory":
-                result = memory_table(config, gib=GIB.value)
-            else:
-                result = train(config, workdir, command=sys.argv, overrides=overrides, stop=stop)
+            result = run_mode(config, workdir, overrides, argv[1:], stop)
         finish(workdir, result)
     except (UserError, Unsaved, Diverged, Stopped) as end:
         processes.end_all(f"launch.py: {end}", end.exit_code)
@@ -129,6 +148,54 @@ def main(argv: list[str]) -> None:
         raise
     finally:
         stop.end()
+
+
+def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[str], stop: Any) -> dict[str, Any]:
+    """Do what --mode asks for; its result is the last line that is printed."""
+    saved = {"overrides": overrides, "checkpoint": CHECKPOINT.value}
+    start = {"overrides": overrides, "command": sys.argv}
+    match MODE.value:
+        case "train":
+            from dblocks_jax.train import train
+
+            return train(config, workdir, stop=stop, **start)
+        case "eval":
+            from dblocks_jax.evaluate import evaluate_run
+
+            return evaluate_run(config, workdir, **saved)
+        case "predict":
+            from dblocks_jax.predict import predict
+
+            return predict(config, workdir, [*IMAGES.value, *more], **saved)
+        case "report":
+            from dblocks_jax.pages.report import report
+
+            return report(config, workdir, **saved)
+        case "compare":
+            from dblocks_jax.pages.compare import compare
+
+            return compare([Path(run) for run in [*RUNS.value, *more]], workdir)
+        case "inspect":
+            from dblocks_jax.inspecting import inspect
+
+            return inspect(config, workdir)
+        case "memory":
+            from dblocks_jax.memory import memory_table
+
+            return memory_table(config, gib=GIB.value)
+        case "merge":
+            from dblocks_jax.merge import merge
+
+            return merge([Path(part) for part in PARTS.value], workdir, **start)
+        case "import":
+            from dblocks_jax.importing import import_released
+
+            return import_released(config, workdir, Path(SOURCE.value), **start)
+        case mode:
+            assert mode == "export"
+            from dblocks_jax.exporting import export_run
+
+            return export_run(config, workdir, **saved)
 
 
 def _log_our_own_lines() -> None:
@@ -141,6 +208,7 @@ def _log_our_own_lines() -> None:
         return record.pathname.startswith(package) or (record.levelno >= WARNING and not is_orbax)
 
     logging.get_absl_handler().addFilter(is_ours_or_matters)
+    logging.get_absl_handler().setFormatter(Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
 
 
 def _hide_what_is_raised_anyway() -> None:

@@ -78,7 +78,8 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 500
     config.save_every_n_epochs = 10  # evaluate and save a checkpoint
     config.max_bad_steps = 20  # stop after so many steps of a block in a row whose loss or gradient is not finite
-    config.save_top_k = 1  # best checkpoints kept besides the latest (needs a validation split)
+    config.save_top_k = 1  # best checkpoints kept besides the latest (needs a validation split); 0: the last is scored
     config.log_every_n_steps = 50
+    config.wandb = False  # log to Weights & Biases too; WANDB_MODE=offline keeps it here
     config.postfix = ""  # appended to the name of the run's folder
     return config

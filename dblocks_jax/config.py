@@ -55,7 +55,7 @@ SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep th
 # Fields that the parameters do not depend on: a resumed run may change them.
 FREE_TO_CHANGE = (
     "data_dir", "eval_batch_size", "idle_blocks", "log_every_n_steps", "max_bad_steps", "postfix",
-    "save_every_n_epochs", "save_top_k", "steps_per_call",
+    "save_every_n_epochs", "save_top_k", "steps_per_call", "wandb",
 )  # fmt: skip
 # Fields that only the sampler reads: `--mode=eval` may change them too.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")

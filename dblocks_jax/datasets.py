@@ -19,6 +19,7 @@ from dblocks_jax.errors import UserError, brief
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 IN_MEMORY_BYTES = 2 << 30  # a folder's split of at most this size is decoded once; a larger one batch by batch
 CHUNK = 256  # images handed to a thread at once
+LUMA = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue appear (ITU-R BT.601)
 
 DIGITS_TEST_IMAGES = 360
 
@@ -332,6 +333,19 @@ def stamp(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"cannot read the image {path}: {error.strerror}") from error
     return found.st_size, found.st_mtime_ns
+
+
+def read_images(paths: Sequence[Path], image_shape: tuple[int, int, int]) -> UInt8[np.ndarray, "n h w c"]:
+    """Image files as a model of square images takes them: as those of a "folder", grey where it has one channel.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    size, _, channels = image_shape
+    pixels = _decode_all(paths, size, chunk=1)
+    if channels == 3:
+        return pixels
+    return np.rint(pixels @ LUMA).astype(np.uint8)[..., None]
 
 
 def _decode_all(

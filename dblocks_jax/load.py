@@ -27,7 +27,7 @@ from dblocks_jax.datasets import Card
 from dblocks_jax.devices import make_mesh, on_cpu, replicate
 from dblocks_jax.errors import Unusable, UserError
 from dblocks_jax.optimizer import Params
-from dblocks_jax.workdir import scores
+from dblocks_jax.workdir import CONFIG, read_saved, scores
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def load_run(
     """
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
+    save_top_k = (read_saved(workdir, CONFIG) or {}).get("save_top_k", 0)
     with (
-        Checkpoints(workdir, scores=scores(workdir, "val"), read_only=True) as checkpoints,
+        Checkpoints(workdir, scores=scores(workdir, "val"), save_top_k=save_top_k, read_only=True) as checkpoints,
         _offering_others(checkpoints.steps()),
     ):
         step = checkpoints.find(checkpoint)

@@ -42,7 +42,7 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
         make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
     card = _without_images(config)
     rows = {
-        name: step_memory(_variant(config, model_type, remat), card)
+        name: step_memory(variant(config, model_type, remat), card)
         for name, model_type, remat in (
             ("plain", "vit", False),
             ("plain + remat", "vit", True),
@@ -98,7 +98,7 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
     return (4 * plain.parameters + plain.activations) // (num_blocks if name.startswith("Diffusion") else 1)
 
 
-def _variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int | None = None) -> ConfigDict:
+def variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int | None = None) -> ConfigDict:
     """`config` with another model; its training of some blocks only, or of all side by side, is for blocks alone."""
     config = ConfigDict(config.to_dict())
     config.update(model_type=model_type, gradient_checkpointing=remat)
@@ -157,7 +157,7 @@ def _fits(config: ConfigDict, card: Card, rows: dict[str, Memory], gib: float) -
     for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
         fits[name] = None
         for num_blocks in divisors:
-            memory = step_memory(_variant(config, "dblock", remat, num_blocks), card)
+            memory = step_memory(variant(config, "dblock", remat, num_blocks), card)
             if memory.total + memory.idle <= limit:
                 fits[name] = num_blocks
                 break
@@ -197,7 +197,7 @@ def _peaks(config: ConfigDict, card: Card, rows: dict[str, Memory]) -> dict[str,
     peaks = {}
     for name in sorted(rows, key=lambda name: rows[name].total):
         model_type = "dblock" if name.startswith("Diffusion") else "vit"
-        step, parts, _, data, steps = build_step(_variant(config, model_type, name.endswith("remat")), card)
+        step, parts, _, data, steps = build_step(variant(config, model_type, name.endswith("remat")), card)
         real = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), (parts, data))
         with arithmetic(config):
             jax.block_until_ready(step(*real, steps))

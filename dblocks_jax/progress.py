@@ -3,18 +3,18 @@
 import math
 import time
 from collections import defaultdict, deque
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
+from dblocks_jax.display import Display, memory_in_use
 from dblocks_jax.health import Health
+from dblocks_jax.logs import Logs
 from dblocks_jax.objective import WORST_SIGMA
 from dblocks_jax.pace import is_home
 from dblocks_jax.step import SKIPPED, Log
-from dblocks_jax.workdir import METRICS, Journal
 
 WINDOWS_AHEAD = 2  # how far the host may run ahead of the device before it waits, so that batches cannot pile up
 
@@ -27,17 +27,17 @@ class Progress:
 
     def __init__(
         self,
-        workdir: Path,
+        logs: Logs,
+        display: Display,
         *,
-        total_steps: int,
         steps_per_epoch: int,
         log_every: int,
         images_per_step: int,
         health: Health,
     ):
-        self._journal = Journal(workdir / METRICS)
+        self._logs = logs
+        self._display = display
         self._health = health
-        self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._log_every = log_every
         self._images_per_step = images_per_step
@@ -75,21 +75,13 @@ class Progress:
             self._close(*self._latest)
         self._write_first(len(self._closed))
 
-    def unsaved(self) -> list[str]:
-        """What could not be written of the log, in words."""
-        try:
-            self._journal.flush()
-        except OSError as error:
-            return [f"{METRICS}: {error.strerror}"]
-        return []
-
     def _close(self, step: int, lr: float, waited: float) -> None:
         self._closed.append((step, lr, waited - self._waited, self._window))
         self._window, self._waited = [], waited
 
     def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
         """Record an evaluation, and start the clock anew after it."""
-        self._journal.add({"step": step, "split": split, **scores})
+        self._logs.add({"step": step, "split": split, **scores})
         by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
         logging.info("step %d: %s top1 %.4f (after each denoising step: %s)", step, split, scores["top1"], by_step)
         self._since = None if self._since is None else (self._since[0], time.perf_counter())
@@ -126,30 +118,20 @@ class Progress:
             str(block): {name: _mean(np.concatenate(values)) for name, values in sorted(by_block[block].items())}
             for block in sorted(by_block)
         }
-        epoch = step / self._steps_per_epoch
-        images_per_second, rate = None, ""
-        if steps_per_second is not None:
-            images_per_second = steps_per_second * self._images_per_step
-            left = _clock((self._total_steps - step) / steps_per_second)
-            rate = f"  {images_per_second:.0f} images/s, {left} left"
-            rate += f", {share_waited:.1%} waiting for images" if share_waited else ""
-        line = {"step": step, "epoch": epoch, "lr": lr, "images_per_second": images_per_second}
-        line |= {"input_wait": share_waited, "blocks": means}
-        self._journal.add(line | {"skipped": skipped} if skipped else line)
-        blocks = "  ".join(
-            f"[{block}] loss {mean['loss']:.4g} ce {mean['ce']:.4f} acc {mean['accuracy']:.3f}"
-            for block, mean in means.items()
-        )
-        logging.info("step %d/%d epoch %.1f  %s%s", step, self._total_steps, epoch, blocks, rate)
+        line = {
+            "step": step,
+            "epoch": step / self._steps_per_epoch,
+            "lr": lr,
+            "images_per_second": None if steps_per_second is None else steps_per_second * self._images_per_step,
+            "input_wait": share_waited,
+            "memory_bytes": memory_in_use(),
+            "blocks": means,
+        }
+        self._logs.add(line | {"skipped": skipped} if skipped else line)
+        self._display.show(line, steps_per_second)
         self._health.check()
 
 
 def _mean(values: np.ndarray) -> float:
     """The mean of the steps that counted; not a number where all were skipped."""
     return float(np.mean(values)) if values.size else math.nan
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

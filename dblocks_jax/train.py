@@ -1,5 +1,6 @@
 """Training from start to end: data, model, resume, steps, evaluation, checkpoints. Read it top to bottom."""
 
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,13 +30,16 @@ from dblocks_jax.config import (
 from dblocks_jax.datasets import Source
 from dblocks_jax.devices import check_batch_size, make_mesh, on_cpu, replicate
 from dblocks_jax.diffusion.noise import stack_ranges
+from dblocks_jax.display import Display
 from dblocks_jax.errors import Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.evaluate import answers, metrics
 from dblocks_jax.feed import make_feed
 from dblocks_jax.health import Health
+from dblocks_jax.logs import Logs, check_wandb
 from dblocks_jax.optimizer import Params, new_part, params_of
+from dblocks_jax.overview import noise_ranges, overview
 from dblocks_jax.pace import Pace
-from dblocks_jax.processes import check_alike, first_process_first
+from dblocks_jax.processes import check_alike, first_process_first, is_first
 from dblocks_jax.progress import Progress
 from dblocks_jax.residence import OneAtATime, SideBySide
 from dblocks_jax.step import Parallel, Steps
@@ -56,6 +60,8 @@ def train(
       Unsaved: what a `Stopped` or unreadable image ended could not be saved.
     """
     check_config(config)
+    if config.wandb:
+        check_wandb()
     with arithmetic(config), ExitStack() as held:
         return _train(config, workdir, held, command=command, overrides=overrides, stop=stop or Stop())
 
@@ -83,7 +89,8 @@ def _train(
     with first_process_first("data"):
         dataset = find_dataset(config)
     train_source = dataset.split("train")
-    total_steps, updates, steps_per_epoch = count_steps(config, len(train_source))
+    length = count_steps(config, len(train_source))
+    total_steps, updates, steps_per_epoch = length
     images_per_step = config.batch_size * config.accumulate_grad_batches
     val_source, test_source = dataset.split("val"), dataset.split("test")
     card = dataset.to_dict() | {"images": len(train_source)}
@@ -115,24 +122,27 @@ def _train(
         return whole and step > 0 and (step % save_every == 0 if step < total_steps else val_source is not None)
 
     # Resume, or start.
-    with first_process_first("workdir"):
+    with run_folder.writing(workdir), first_process_first("workdir"):
         held.enter_context(run_folder.claim(workdir))
         run_folder.open_run(workdir, config.to_dict(), card, was=saved, command=command, overrides=overrides)
     scores: dict[int, float] = {}  # step -> accuracy on the validation split
-    checkpoints = held.enter_context(
-        Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k if val_source is not None else 0)
-    )
-    start, parts, saved_run = checkpoints.resume(parts)
-    check_alike("checkpoints", start)
-    with first_process_first("log"):
-        run_folder.forget_metrics_after(workdir, start)
-        on_record = {split: run_folder.scores(workdir, split) for split in ("val", "test")}
+    with run_folder.writing(workdir):
+        checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
+        start, parts, saved_run = checkpoints.resume(parts)
+        check_alike("checkpoints", start)
+        with first_process_first("log"):
+            run_folder.forget_metrics_after(workdir, start)
+            on_record = {split: run_folder.scores(workdir, split) for split in ("val", "test")}
     scores.update(on_record["val"])
-    logging.info(
-        "%s: %s of %d training images, %d parameters, %d steps, %d an epoch, %s",
-        workdir, config.dataset, len(train_source), _count(params), total_steps, steps_per_epoch,
-        f"resumed at step {start}" if start else "from the start",
-    )  # fmt: skip
+    if is_first():
+        sources = {"training": train_source, "validation": val_source, "test": test_source}
+        images = {split: len(source) for split, source in sources.items() if source is not None}
+        together = blueprint.names(blocks[0])
+        about = overview(
+            config, workdir, dataset=dataset, images=images, mesh=mesh, params=params, trained=together, length=length,
+            start=start,
+        )  # fmt: skip
+        print(about, file=sys.stderr)
     if config.block_parallel:
         model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
     else:
@@ -150,9 +160,12 @@ def _train(
     # Steps.
     began = time.perf_counter()
     health = Health(config.max_bad_steps, saved_run.get("skipped", {}))
+    logs = Logs(workdir, start=start, wandb=config.wandb, config=config.to_dict())
+    held.callback(logs.close)
+    display = held.enter_context(Display(total_steps=total_steps, start=start, sigmas=noise_ranges(config)))
     progress = Progress(
-        workdir,
-        total_steps=total_steps,
+        logs,
+        display,
         steps_per_epoch=steps_per_epoch,
         log_every=config.log_every_n_steps,
         images_per_step=images_per_step * (len(blocks) if config.block_parallel else 1),
@@ -168,6 +181,7 @@ def _train(
 
     def score(step: int, params: dict[str, Params], source: Source, split: str) -> dict[str, Any]:
         size = config.eval_batch_size
+        display.say_doing(f"scoring the {split} split")
         answered = answers(classify, params, source, batch_size=size, mesh=mesh, at_each_batch=stop.check)
         found = metrics(*answered, source.labels)
         if step not in on_record[split]:
@@ -175,7 +189,7 @@ def _train(
         return found
 
     step = start
-    stop.is_safe = lambda: checkpoints.holds(step)
+    stop.is_safe = lambda: checkpoints.holds(step) and not checkpoints.is_saving() and logs.is_whole()
     # A run that ended after its checkpoint and before its evaluation owes that.
     owes_score = is_scored(start) and start not in on_record[watched_name]
     try:
@@ -227,6 +241,7 @@ def _train(
             logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
             result |= {"blocks": list(blocks)}
     except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
+        stop.is_safe = lambda: False  # what remains is done here
         if isinstance(reason, UserError) and jax.process_count() > 1:
             raise  # the other processes know nothing of it, and cannot be asked to save
         save(step)
@@ -234,6 +249,10 @@ def _train(
         why = f"{reason}. Stopped" if isinstance(reason, UserError) else "stopped"
         if not checkpoints.holds(step):
             raise Unsaved(f"{why} at step {step} of {total_steps}, which could not be saved") from reason
+        if unsaved := logs.unsaved():
+            raise Unsaved(
+                f"{why} at step {step} of {total_steps}; not everything could be saved: {unsaved}"
+            ) from reason
         raise type(reason)(f"{why} at step {step} of {total_steps}: the same command goes on from there") from reason
     result |= {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
     if skipped := sum(health.record["total"].values()):
@@ -242,7 +261,7 @@ def _train(
         save(total_steps)
         checkpoints.wait()
     lost = {step: why for step, why in checkpoints.failed.items() if not checkpoints.holds(step)}
-    unsaved = [f"step {step}: {why}" for step, why in lost.items()] + progress.unsaved()
+    unsaved = [f"step {step}: {why}" for step, why in lost.items()] + logs.unsaved()
     return result | {"unsaved": unsaved} if unsaved else result
 
 
@@ -261,7 +280,3 @@ def _chosen(checkpoints: Checkpoints, last: int, params: dict[str, Params]) -> t
 def _next_multiple(step: int, of: int) -> int:
     """The first multiple that lies beyond `step`."""
     return (step // of + 1) * of
-
-
-def _count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from dblocks_jax.errors import Unsaved, UserError
+from dblocks_jax.errors import Unsaved, UserError, brief
 from dblocks_jax.processes import is_first
 
 CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
@@ -55,11 +55,9 @@ def claim(workdir: Path) -> Iterator[None]:
     if not is_first():
         yield
         return
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("a+")
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,10 +70,11 @@ def claim(workdir: Path) -> Iterator[None]:
                     f"{workdir} is in use by another run: {file.read().strip() or 'it does not say which'}. "
                     "Wait for it, or set --workdir or --config.postfix for a run of its own"
                 ) from None
-        file.truncate(0)
-        owner = {"process": os.getpid(), "host": platform.node(), "since": _now()}
-        file.write(json.dumps(owner) + "\n")
-        file.flush()
+        with writing(workdir):
+            file.truncate(0)
+            owner = {"process": os.getpid(), "host": platform.node(), "since": _now()}
+            file.write(json.dumps(owner) + "\n")
+            file.flush()
         yield
 
 
@@ -83,8 +82,18 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def _cannot_write(workdir: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write the run's folder {workdir}: {error.strerror}; choose another --workdir")
+@contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Where a run is opened: a disk that fails is the user's to mend.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or brief(error)
+        raise UserError(f"cannot write the run's folder {workdir}: {reason}; choose another --workdir") from error
 
 
 def open_run(
@@ -118,12 +127,10 @@ def open_run(
         "host": platform.node(),
         "git": git_state(),
     }
-    try:
+    with writing(workdir):
         write_json(workdir / CONFIG, config)
         write_json(workdir / DATA, data)
         Journal(workdir / STARTS).append(start)
-    except OSError as error:
-        raise _cannot_write(workdir, error) from None
 
 
 def restore_if_lost(workdir: Path, config: dict[str, Any], data: dict[str, Any]) -> None:
@@ -169,7 +176,7 @@ def write_json(path: Path, value: Any) -> None:
 def _write_whole(path: Path, text: str) -> None:
     if not is_first():
         return
-    temporary = path.with_name(f".{path.name}")  # there is one writer
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # evaluations may run at the same time
     temporary.write_text(text)
     temporary.replace(path)
 
@@ -199,6 +206,10 @@ class Journal:
         if is_first():
             self._waiting.append(json.dumps(_finite(value), allow_nan=False) + "\n")
             self.flush()
+
+    def is_whole(self) -> bool:
+        """Whether all lines are written. From any thread."""
+        return not self._waiting
 
     def flush(self) -> None:
         """Write what waits.
@@ -233,11 +244,12 @@ def forget_metrics_after(workdir: Path, step: int) -> None:
     """Drop logged lines beyond `step`, which a resumed run logs anew, and what a crash cut short."""
     path = workdir / METRICS
     if path.exists():
-        lines = [json.dumps(line) + "\n" for line in _logged(workdir) if line["step"] <= step]
+        lines = [json.dumps(line) + "\n" for line in logged(workdir) if line["step"] <= step]
         _write_whole(path, "".join(lines))
 
 
-def _logged(workdir: Path) -> list[dict[str, Any]]:
+def logged(workdir: Path) -> list[dict[str, Any]]:
+    """The whole lines of METRICS."""
     path = workdir / METRICS
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     lines = []
@@ -253,7 +265,7 @@ def _logged(workdir: Path) -> list[dict[str, Any]]:
 
 def scores(workdir: Path, split: str) -> dict[int, float]:
     """Step -> accuracy on a split, as far as it is on record."""
-    return {line["step"]: line["top1"] for line in _logged(workdir) if line.get("split") == split}
+    return {line["step"]: line["top1"] for line in logged(workdir) if line.get("split") == split}
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:

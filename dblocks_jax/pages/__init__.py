@@ -1,0 +1,1 @@
+"""HTML pages about runs: self-contained, with their pictures inside."""

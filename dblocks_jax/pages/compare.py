@@ -1,0 +1,155 @@
+"""`--mode=compare`: several runs side by side. Runs that differ in their seed alone make a group."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dblocks_jax.config import FREE_TO_CHANGE
+from dblocks_jax.errors import UserError
+from dblocks_jax.pages import charts
+from dblocks_jax.pages.template import render
+from dblocks_jax.workdir import CONFIG, logged, read_saved
+
+PAGE = "compare.html"
+RESULT, REPORT = "train.json", "report.json"
+# Which say nothing about the method: runs that differ in these belong together.
+NOT_COMPARED = ("seed", *FREE_TO_CHANGE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left in its folder."""
+
+    workdir: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    by_num_steps: dict[int, float]  # accuracy by the sampler's number of steps, if a report was made
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting. `fields` are those in which the groups differ."""
+
+    fields: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{field}={value}" for field, value in self.fields.items()) or "all runs"
+
+    def mean_and_deviation(self, metric: str) -> tuple[float, float | None]:
+        """Over the runs; the sample's standard deviation, where there are two at least."""
+        values = [run.result[metric] for run in self.runs]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Print a table of the runs, and write PAGE into `folder`.
+
+    Raises:
+      UserError: a folder holds no finished run, or the page cannot be written.
+    """
+    runs = [read(workdir) for workdir in workdirs]
+    groups = group(runs)
+    rows = [_row(each) for each in groups]
+    _print(groups, rows)
+    colors = list(mpl.colormaps["tab10"](range(10))) * (len(groups) // 10 + 1)
+    drawn = {
+        "accuracies": charts.accuracies({each.name: [run.result["top1"] for run in each.runs] for each in groups}),
+        "ce": charts.over_steps(
+            {each.name: _cross_entropy(each.runs[0].workdir) for each in groups},
+            colors[: len(groups)],
+            "cross-entropy in training, mean over blocks",
+        ),
+    }
+    by_count = {each.name: _mean_by_num_steps(each) for each in groups}
+    by_count = {name: accuracies for name, accuracies in by_count.items() if accuracies}
+    if by_count:
+        drawn["by_count"] = charts.by_num_steps(by_count, colors[: len(by_count)])
+    page = {"groups": groups, "rows": rows, "charts": drawn, "split": _common_dataset(runs)}
+    path = folder / PAGE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(render("compare.html", page), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return {"mode": "compare", "page": str(path), "groups": rows}
+
+
+def read(workdir: Path) -> Run:
+    """The config and result of a finished run.
+
+    Raises:
+      UserError: it is not there.
+    """
+    config = read_saved(workdir, CONFIG)
+    if config is None:
+        raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
+    result = read_saved(workdir, RESULT) or read_saved(workdir, "eval.json")
+    if result is None or "top1" not in result:
+        raise UserError(f"{workdir} is not finished: it has no {RESULT} with an accuracy. Run its command again")
+    report = read_saved(workdir, REPORT) or {}
+    by_num_steps = {int(count): accuracy for count, accuracy in report.get("accuracy_by_num_steps", {}).items()}
+    return Run(workdir, config, result, by_num_steps)
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """The runs by setting, the most accurate first."""
+    fields = {field for run in runs for field in run.config if field not in NOT_COMPARED}
+    differing = sorted(field for field in fields if len({json.dumps(run.config.get(field)) for run in runs}) > 1)
+    groups: dict[str, Group] = {}
+    for run in runs:
+        mine = {field: run.config.get(field) for field in differing}
+        groups.setdefault(json.dumps(mine), Group(mine, [])).runs.append(run)
+    return sorted(groups.values(), key=lambda each: -each.mean_and_deviation("top1")[0])
+
+
+def _row(each: Group) -> dict[str, Any]:
+    top1, deviation = each.mean_and_deviation("top1")
+    return {
+        "fields": each.fields,
+        "runs": [str(run.workdir) for run in each.runs],
+        "seeds": [run.config.get("seed") for run in each.runs],
+        "accuracy": f"{100 * top1:.1f} %" if deviation is None else f"{100 * top1:.1f} ± {100 * deviation:.1f} %",
+        "top1_mean": top1,
+        "top1_std": deviation,
+        "macro_f1_mean": each.mean_and_deviation("macro_f1")[0],
+        "cross_entropy_mean": each.mean_and_deviation("cross_entropy")[0],
+    }
+
+
+def _cross_entropy(workdir: Path) -> tuple[list[int], list[float]]:
+    steps, values = [], []
+    for line in logged(workdir):
+        means = [block["ce"] for block in line.get("blocks", {}).values() if block.get("ce") is not None]
+        if means:
+            steps.append(line["step"])
+            values.append(float(np.mean(means)))
+    return steps, values
+
+
+def _mean_by_num_steps(each: Group) -> dict[int, float]:
+    """Over the runs of which a report was made."""
+    found = [run.by_num_steps for run in each.runs if run.by_num_steps]
+    counts = sorted(set.intersection(*(set(accuracies) for accuracies in found))) if found else []
+    return {count: statistics.mean(accuracies[count] for accuracies in found) for count in counts}
+
+
+def _common_dataset(runs: Sequence[Run]) -> str:
+    return ", ".join(sorted({str(run.config["dataset"]) for run in runs}))
+
+
+def _print(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("setting", "runs", "accuracy", "macro F1", "cross-entropy", box=None)
+    for each, row in zip(groups, rows, strict=True):
+        numbers = (f"{row['macro_f1_mean']:.3f}", f"{row['cross_entropy_mean']:.3f}")
+        table.add_row(each.name, str(len(each.runs)), row["accuracy"], *numbers)
+    Console().print(table)
