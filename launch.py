@@ -190,7 +190,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "import":
             from dblocks_jax.importing import import_released
 
-            return import_released(config, workdir, Path(SOURCE.value), **start)
+            return import_released(config, workdir, Path(SOURCE.value or ""), **start)
         case mode:
             assert mode == "export"
             from dblocks_jax.exporting import export_run

@@ -5,6 +5,7 @@ until it works again; what TensorBoard misses meanwhile is in there.
 """
 
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Logs:
         events = []
         if self._events is None or not Path(self._events.path).exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._events = RecordWriter(str(self._folder / f"events.out.tfevents.{int(now)}.{os.getpid()}"))
+            self._events = RecordWriter(str(self._folder / f"events.out.tfevents.{time.time_ns()}"))
             # TensorBoard forgets what an interrupted run logged beyond this start.
             begin = SessionLog(status=SessionLog.START)
             events = [
@@ -127,7 +128,7 @@ def _start_wandb(workdir: Path, config: dict[str, Any]) -> Any:
 
     path = workdir / WANDB_ID
     if not path.exists():
-        path.write_text(wandb.util.generate_id())
+        path.write_text(secrets.token_hex(4))
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dblocks_jax"),

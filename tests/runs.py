@@ -31,10 +31,12 @@ def finish(*args: str, timeout: float = 300, **environment: str) -> subprocess.C
 
 
 @contextmanager
-def started(*args: str, quiet: bool = False, **environment: str) -> Iterator[subprocess.Popen]:
+def started(
+    *args: str, quiet: bool = False, stderr: int | None = None, **environment: str
+) -> Iterator[subprocess.Popen]:
     """A command under way; killed at the end, should it still run. What it prints waits to be read, unless `quiet`."""
     output = subprocess.DEVNULL if quiet else subprocess.PIPE
-    pipes = {"stdout": output, "stderr": output}
+    pipes = {"stdout": output, "stderr": output if stderr is None else stderr}
     process = subprocess.Popen(args, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
     try:
         yield process

@@ -5,16 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.ticker
 import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from dblocks_jax.diffusion.noise import NoiseDistribution
 
 MIB = 2**20
 INK, FAINT, ACCENT, WRONG = "#24292f", "#8c959f", "#3b6fb6", "#c4432b"
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": FAINT,
@@ -78,7 +78,7 @@ def noise(distribution: NoiseDistribution, edges: np.ndarray, sigmas: Sequence[f
         axes.set(xscale="log", xlabel="sigma (triangles: where the sampler looks)", ylabel="density of ln sigma")
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(_plain)
-        axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_xaxis()  # the sampler goes from left to right
         return _svg(figure)
 
@@ -95,7 +95,7 @@ def over_steps(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], colo
         if values.size and values.min() > 0 and values.max() / values.min() > 30:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain)
-            axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set(xlabel="training step", ylabel=ylabel)
         if len(series) > 1:
             axes.legend(fontsize=9)
@@ -121,7 +121,7 @@ def by_denoising_step(accuracies: Sequence[float], blocks: Sequence[int], num_bl
         bars = axes.bar(labels, accuracies, color=[colors[block] for block in blocks], width=0.65)
         axes.bar_label(bars, [f"{accuracy:.1%}" for accuracy in accuracies], fontsize=9, padding=2)
         axes.set(xlabel="denoising step", ylabel="accuracy", ylim=(0, 1.08))
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="x", visible=False)
         return _svg(figure)
 
@@ -136,7 +136,7 @@ def by_num_steps(series: Mapping[str, Mapping[int, float]], colors: Sequence[Any
         axes.set(xlabel="denoising steps of the sampler", ylabel="accuracy", xscale="log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         if len(series) > 1:
             axes.legend(fontsize=9)
         return _svg(figure)
@@ -196,6 +196,6 @@ def accuracies(groups: Mapping[str, Sequence[float]]) -> str:
             axes.plot(values, np.full(len(values), row), "o", color=INK, markersize=4, alpha=0.7)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.set(xlabel="accuracy on the test split (dots: runs, bars: means)")
         return _svg(figure)

@@ -74,7 +74,13 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
     by_count = {name: accuracies for name, accuracies in by_count.items() if accuracies}
     if by_count:
         drawn["by_count"] = charts.by_num_steps(by_count, colors[: len(by_count)])
-    page = {"groups": groups, "rows": rows, "charts": drawn, "split": _common_dataset(runs)}
+    page = {
+        "fields": list(groups[0].fields),
+        "groups": groups,
+        "rows": rows,
+        "charts": drawn,
+        "datasets": ", ".join(sorted({str(run.config["dataset"]) for run in runs})),
+    }
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,10 +147,6 @@ def _mean_by_num_steps(each: Group) -> dict[int, float]:
     found = [run.by_num_steps for run in each.runs if run.by_num_steps]
     counts = sorted(set.intersection(*(set(accuracies) for accuracies in found))) if found else []
     return {count: statistics.mean(accuracies[count] for accuracies in found) for count in counts}
-
-
-def _common_dataset(runs: Sequence[Run]) -> str:
-    return ", ".join(sorted({str(run.config["dataset"]) for run in runs}))
 
 
 def _print(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:

@@ -1,0 +1,188 @@
+"""Pages about runs: what they say is what was measured, and they need nothing but themselves."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import dblock_digits, vit_digits
+from dblocks_jax.config import find_dataset
+from dblocks_jax.errors import UserError
+from dblocks_jax.evaluate import evaluate_run
+from dblocks_jax.inspecting import inspect
+from dblocks_jax.load import load_classifier
+from dblocks_jax.pages import charts
+from dblocks_jax.pages.compare import compare
+from dblocks_jax.pages.report import choose, confusion_matrix, report, worst_classes
+from dblocks_jax.pages.template import render
+from dblocks_jax.train import train
+
+TINY = {
+    "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
+    "num_epochs": 2, "num_warmup_steps": 0, "log_every_n_steps": 1,
+}  # fmt: skip
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """A page's text, and what it would load from elsewhere. A tag that is not closed in its turn is an error."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.loaded, self.pictures = "", [], 0
+        self.feed(path.read_text(encoding="utf-8"))
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.pictures += tag == "svg"
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data") and not (value or "").startswith(("#", "data:image/png")):
+                self.loaded.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module", params=[dblock_digits, vit_digits], ids=["dblock", "vit"])
+def run(request, tmp_path_factory):
+    config = request.param.get_config()
+    config.update(TINY)
+    workdir = tmp_path_factory.mktemp("run")
+    train(config, workdir, command=["launch.py", "--config.x=<b>"], overrides={})
+    return config, workdir
+
+
+def test_a_report_says_what_evaluation_measures(run):
+    config, workdir = run
+    result = report(config, workdir, overrides={}, checkpoint="best")
+    scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
+    assert {key: result[key] for key in scored if key not in ("mode", "sampler")} == {
+        key: value for key, value in scored.items() if key not in ("mode", "sampler")
+    }
+    page = Page(workdir / "report.html")
+    assert page.loaded == []
+    assert f"{scored['top1']:.1%}" in page.text
+    assert "launch.py --config.x=<b>" in page.text  # escaped, or it would be a tag
+    is_dblock = config.model_type == "dblock"
+    assert page.pictures == (8 if is_dblock else 5)
+    assert ("What each block learns" in page.text) == is_dblock
+    counts = result["accuracy_by_num_steps"]
+    assert list(counts) == ([1, 2, 3, 4, 6, 8, 12, 16] if is_dblock else [])
+    if is_dblock:
+        assert counts[2] == scored["top1"]
+        another = evaluate_run(config, workdir, overrides={"num_inference_steps": 4}, checkpoint="best")
+        assert counts[4] == another["top1"]
+
+
+def test_the_page_shows_what_the_classifier_believes_of_an_image(run):
+    """The first picture among those classified rightly is found again in the data, with the same beliefs."""
+    config, workdir = run
+    report(config, workdir, overrides={}, checkpoint="best")
+    text = (workdir / "report.html").read_text()
+    index = int(re.findall(r"<div>image (\d+)<br>", text.split("Right, picked evenly")[1])[0])
+    images = find_dataset(config).split("test").images(np.arange(360))
+    logits = np.asarray(load_classifier(workdir).by_step(images))[:, index].astype(np.float64)
+    believed = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    shown = text.split(f"<div>image {index}<br>")[1].split("</div>\n")[0]
+    assert re.findall(r"--p: ([\d.]+)%", text.split(f"<div>image {index}<br>")[1])[: len(logits)] == [
+        f"{row.max():.1%}"[:-1] for row in believed
+    ]
+    assert f"is <b>{np.argmax(believed[-1])}</b>" in shown
+
+
+def test_the_surest_mistakes_come_first():
+    logits = np.log(np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7], [0.5, 0.5]]))
+    answered, labels = np.argmax(logits, axis=1), np.array([0, 1, 0, 0, 0])
+    right, wrong = choose(answered, logits, labels)
+    assert (list(right), list(wrong)) == ([0, 4], [2, 3, 1])
+
+
+def test_confusion_and_the_hardest_classes():
+    matrix = confusion_matrix(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 2, 2, 1, 0, 2]), 3)
+    assert matrix.tolist() == [[1, 0, 2], [1, 1, 0], [0, 0, 1]]
+    worst = worst_classes(matrix, ("ant", "bee", "cat"))
+    assert [tuple(row) for row in worst] == [("ant", 3, 1 / 3, "cat", 2), ("bee", 2, 0.5, "ant", 1)]
+
+
+def test_names_are_shown_as_they_are():
+    """Neither the page's nor the pictures' language takes part of a class's name for its own."""
+    svg = charts.confusion(np.eye(2, dtype=int), ["<i>a</i> & $b$", "c_d"])
+    assert "&lt;i&gt;a&lt;/i" in svg and "$b$" in svg
+    page = {"fields": [], "groups": [], "rows": [], "datasets": "<b>", "charts": {"accuracies": svg, "ce": svg}}
+    text = render("compare.html", page)
+    assert "&lt;b&gt;" in text and "<b>" not in text
+
+
+def test_inspection_counts_what_training_makes(run, tmp_path, capsys):
+    config, workdir = run
+    result = inspect(config, tmp_path)
+    params = load_classifier(workdir).params
+    sizes = {name: sum(leaf.size for leaf in leaves(part)) for name, part in params.items()}
+    assert result["parameters"] == sizes
+    assert result["images"] == {"train": 1437, "test": 360} and result["classes"] == 10
+    assert result["steps"] == load_classifier(workdir).step
+    page, printed = Page(tmp_path / "inspect.html"), capsys.readouterr().out
+    assert page.loaded == [] and "mlp" in printed and "attention" in page.text
+    data = (tmp_path / "inspect.html").read_text()
+    assert data.count("data:image/png") == 10 * 6
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
+
+
+def finished(folder: Path, top1: float, **config) -> Path:
+    """What a finished run leaves, made up."""
+    folder.mkdir()
+    settings = dblock_digits.get_config().to_dict() | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    result = {"top1": top1, "macro_f1": top1 / 2, "cross_entropy": 1 - top1, "step": 10}
+    (folder / "train.json").write_text(json.dumps(result))
+    lines = [{"step": step, "blocks": {"0": {"ce": 1 / step}, "1": {"ce": 3 / step}}} for step in (1, 2, 4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
+    runs = [
+        finished(tmp_path / "a", 0.5, seed=1, num_blocks=2),
+        finished(tmp_path / "b", 0.75, seed=1, num_blocks=3, postfix="_b"),
+        finished(tmp_path / "c", 0.7, seed=2, num_blocks=2, idle_blocks="host"),
+    ]
+    (runs[1] / "report.json").write_text(json.dumps({"accuracy_by_num_steps": {"1": 0.5, "3": 0.75}}))
+    best, other = compare(runs, tmp_path / "out")["groups"]
+    assert (best["fields"], best["seeds"], best["accuracy"]) == ({"num_blocks": 3}, [1], "75.0 %")
+    assert (other["fields"], other["seeds"]) == ({"num_blocks": 2}, [1, 2])
+    assert other["top1_mean"] == pytest.approx(0.6) and other["top1_std"] == pytest.approx(0.2 / 2**0.5)
+    assert other["accuracy"] == "60.0 ± 14.1 %" and other["cross_entropy_mean"] == pytest.approx(0.4)
+    page = Page(tmp_path / "out" / "compare.html")
+    assert page.loaded == [] and page.pictures == 3
+    printed = capsys.readouterr().out
+    assert all(text in printed and text in page.text for text in ("75.0 %", "60.0 ± 14.1 %", "0.400"))
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    with pytest.raises(UserError, match="none holds no run"):
+        compare([tmp_path / "none"], tmp_path)
+    run = finished(tmp_path / "a", 0.5)
+    (run / "train.json").unlink()
+    with pytest.raises(UserError, match="a is not finished: it has no train"):
+        compare([run], tmp_path)
+
+
+def test_curves_leave_out_what_is_missing():
+    """A window in which all steps were skipped has no mean; the line goes on behind it."""
+    svg = charts.over_steps({"block 0": ([1, 2, 3], [1.0, None, 0.5])}, ["black"], "loss")
+    assert "nan" not in svg.lower().replace("dominant", "")

@@ -1,0 +1,132 @@
+"""A trained model in use: from a batch of images, and from files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import dblock_digits, vit_digits
+from dblocks_jax.config import find_dataset
+from dblocks_jax.errors import UserError
+from dblocks_jax.evaluate import evaluate_run
+from dblocks_jax.load import load_classifier
+from dblocks_jax.predict import describe, find_images, predict
+from dblocks_jax.train import train
+
+TINY = {
+    "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
+    "num_epochs": 2, "num_warmup_steps": 0, "init_noise_scale": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[dblock_digits, vit_digits], ids=["dblock", "vit"])
+def run(request, tmp_path_factory):
+    config = request.param.get_config()
+    config.update(TINY)
+    workdir = tmp_path_factory.mktemp("run")
+    return config, workdir, train(config, workdir, command=[], overrides={})
+
+
+@pytest.fixture(scope="module")
+def test_split(run):
+    return find_dataset(run[0]).split("test")
+
+
+def save_as_png(folder: Path, images: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image[..., 0]).save(folder / f"{i:03d}.png")
+
+
+def test_a_loaded_classifier_scores_as_the_run_was_scored(run, test_split):
+    """Without the data set, in any number of batches that begin at the first image."""
+    _, workdir, result = run
+    classifier = load_classifier(workdir)
+    images = test_split.images(np.arange(len(test_split)))
+    logits = np.asarray(classifier(images))
+    assert logits.shape == (360, 10) and classifier.card.class_names == tuple("0123456789")
+    assert np.mean(np.argmax(logits, axis=-1) == test_split.labels) == result["top1"]
+    by_step = np.asarray(classifier.by_step(images[:50]))
+    assert len(by_step) == len(result["accuracy_by_step"])
+    np.testing.assert_allclose(by_step[-1], logits[:50], rtol=0, atol=1e-5)
+
+
+def test_images_of_another_shape_are_refused(run):
+    with pytest.raises(UserError, match=r"images must be uint8 \[b, 8, 8, 1\], not uint8 \[1, 9, 8, 1\]"):
+        load_classifier(run[1])(np.zeros((1, 9, 8, 1), np.uint8))
+
+
+def test_files_are_classified_as_the_arrays_they_were_made_of(run, test_split, tmp_path):
+    """PNG keeps every pixel. A batch that is not full changes nothing."""
+    config, workdir, _ = run
+    images = test_split.images(np.arange(7))
+    save_as_png(tmp_path / "some" / "deeper", images)
+    result = predict(
+        config, workdir, [str(tmp_path / "some")], overrides={"eval_batch_size": 4}, checkpoint="last"
+    )  # fmt: skip
+    records = json.loads(Path(result["predictions"]).read_text())
+    assert result["num_images"] == len(records) == 7
+    logits = np.asarray(load_classifier(workdir).by_step(images), np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    for i, record in enumerate(records):
+        assert record["image"].endswith(f"deeper/{i:03d}.png")
+        answer = int(np.argmax(expected[-1, i]))
+        assert record["top5"][0]["label"] == str(answer)
+        found = [step["probability_of_answer"] for step in record["by_step"]]
+        np.testing.assert_allclose(found, expected[:, i, answer], rtol=0, atol=1e-5)
+    blocks = [step.get("block") for step in records[0]["by_step"]]
+    assert blocks == ([0, 1] if config.model_type == "dblock" else [None])
+
+
+def test_describe_ranks_classes_and_follows_the_answer():
+    believed = np.array([[0.7, 0.1, 0.2, 0.0, 0.0, 0.0], [0.1, 0.3, 0.25, 0.2, 0.1, 0.05]], np.float32)
+    described = describe("x.png", believed, "abcdef", [{"block": 0}, {"block": 1}])
+    assert [entry["label"] for entry in described["top5"]] == ["b", "c", "d", "a", "e"]
+    assert [step["label"] for step in described["by_step"]] == ["a", "b"]
+    assert [step["probability_of_answer"] for step in described["by_step"]] == pytest.approx([0.1, 0.3])
+    assert [step["probability"] for step in described["by_step"]] == pytest.approx([0.7, 0.3])
+
+
+def test_colour_images_of_any_size_reach_a_grey_model(run, tmp_path):
+    """A grey picture, saved in colour at five times the size, is the same picture."""
+    config, workdir, _ = run
+    grey = np.zeros((40, 40, 3), np.uint8)
+    grey[:, 20:] = 255
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(np.repeat(grey[::5, ::5, :1], 1, axis=2)[..., 0]).save(tmp_path / "b.png")
+    names = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    predict(config, workdir, names, overrides={"init_noise_scale": 0.0}, checkpoint="last")
+    a, b = json.loads((workdir / "predictions.json").read_text())
+    assert a["top5"][0]["label"] == b["top5"][0]["label"]
+    assert a["top5"][0]["probability"] == pytest.approx(b["top5"][0]["probability"], abs=0.02)
+
+
+def test_what_is_no_image_is_named(run, tmp_path):
+    config, workdir, _ = run
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    for names, message in [
+        ([str(tmp_path / "none.png")], "there is no image .*none.png"),
+        ([str(tmp_path / "empty")], "empty holds no image"),
+        ([], "needs --images"),
+        ([str(tmp_path / "torn.png")], "cannot read the image .*torn.png"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            predict(config, workdir, names, overrides={}, checkpoint="last")
+
+
+def test_images_are_found_in_the_order_of_their_paths(tmp_path):
+    for name in ("b/2.png", "b/1.jpg", "a.JPEG", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.JPEG", "b/1.jpg", "b/2.png", "notes.txt"]
+
+
+def test_evaluation_and_the_loaded_classifier_agree_about_the_checkpoint(run):
+    config, workdir, result = run
+    scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
+    assert scored["top1"] == result["top1"] and scored["checkpoint"] == load_classifier(workdir).step
