@@ -49,7 +49,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     check_config(config)
     dataset = find_dataset(config)
-    train, val, test = (dataset.split(which) for which in ("train", "val", "test"))
+    train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
     with on_cpu(), arithmetic(config):
         model = new_model(config, architecture(config, dataset))
         table = tabulate(config, model, dataset)

@@ -276,8 +276,10 @@ def finish(workdir: Path, result: dict[str, Any]) -> None:
     """
     if not is_first():
         return
-    sys.stderr.flush()
-    print(json.dumps(_finite(result), allow_nan=False), flush=True)
+    try:
+        print(json.dumps(_finite(result), allow_nan=False), flush=True)
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     name = f"{result['mode']}.json"
     unsaved = list(result.get("unsaved", []))
     try:

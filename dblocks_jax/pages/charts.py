@@ -131,7 +131,8 @@ def by_num_steps(series: Mapping[str, Mapping[int, float]], colors: Sequence[Any
     with mpl.rc_context(STYLE):
         figure, axes = _new()
         for (name, accuracies), color in zip(series.items(), colors, strict=True):
-            axes.plot(list(accuracies), list(accuracies.values()), "o-", color=color, label=name, markersize=4)
+            if accuracies:
+                axes.plot(list(accuracies), list(accuracies.values()), "o-", color=color, label=name, markersize=4)
         counts = sorted({count for accuracies in series.values() for count in accuracies})
         axes.set(xlabel="denoising steps of the sampler", ylabel="accuracy", xscale="log")
         axes.set_xticks(counts, [str(count) for count in counts])

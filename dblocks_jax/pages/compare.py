@@ -20,6 +20,7 @@ from dblocks_jax.workdir import CONFIG, logged, read_saved
 
 PAGE = "compare.html"
 RESULT, REPORT = "train.json", "report.json"
+LONGEST_NAME = 24
 # Which say nothing about the method: runs that differ in these belong together.
 NOT_COMPARED = ("seed", *FREE_TO_CHANGE)
 
@@ -43,6 +44,7 @@ class Group:
 
     @property
     def name(self) -> str:
+        """The setting in words."""
         return ", ".join(f"{field}={value}" for field, value in self.fields.items()) or "all runs"
 
     def mean_and_deviation(self, metric: str) -> tuple[float, float | None]:
@@ -62,17 +64,19 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
     rows = [_row(each) for each in groups]
     _print(groups, rows)
     colors = list(mpl.colormaps["tab10"](range(10))) * (len(groups) // 10 + 1)
+    # In the pictures there is room for short names only.
+    names = [each.name if len(each.name) <= LONGEST_NAME else f"setting {i}" for i, each in enumerate(groups, 1)]
+    accuracies = [[run.result["top1"] for run in each.runs] for each in groups]
     drawn = {
-        "accuracies": charts.accuracies({each.name: [run.result["top1"] for run in each.runs] for each in groups}),
+        "accuracies": charts.accuracies(dict(zip(names, accuracies, strict=True))),
         "ce": charts.over_steps(
-            {each.name: _cross_entropy(each.runs[0].workdir) for each in groups},
+            {name: _cross_entropy(each.runs[0].workdir) for name, each in zip(names, groups, strict=True)},
             colors[: len(groups)],
-            "cross-entropy in training, mean over blocks",
+            "cross-entropy",
         ),
     }
-    by_count = {each.name: _mean_by_num_steps(each) for each in groups}
-    by_count = {name: accuracies for name, accuracies in by_count.items() if accuracies}
-    if by_count:
+    by_count = {name: _mean_by_num_steps(each) for name, each in zip(names, groups, strict=True)}
+    if any(by_count.values()):
         drawn["by_count"] = charts.by_num_steps(by_count, colors[: len(by_count)])
     page = {
         "fields": list(groups[0].fields),
@@ -150,8 +154,8 @@ def _mean_by_num_steps(each: Group) -> dict[int, float]:
 
 
 def _print(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("setting", "runs", "accuracy", "macro F1", "cross-entropy", box=None)
-    for each, row in zip(groups, rows, strict=True):
+    table = Table("", "accuracy", "runs", "macro F1", "cross-entropy", "setting", box=None)
+    for i, (each, row) in enumerate(zip(groups, rows, strict=True), 1):
         numbers = (f"{row['macro_f1_mean']:.3f}", f"{row['cross_entropy_mean']:.3f}")
-        table.add_row(each.name, str(len(each.runs)), row["accuracy"], *numbers)
+        table.add_row(str(i), row["accuracy"], str(len(each.runs)), *numbers, each.name)
     Console().print(table)
