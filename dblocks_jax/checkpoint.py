@@ -318,10 +318,12 @@ def _checksum_of_json(value: Any) -> int:
 def _shapes(tree: Any) -> dict[str, str]:
     """Path of each leaf -> its dtype and shape. Orbax turns list indices and integer keys into strings: so do we."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf) for path, leaf in leaves}
+
+
+def describe(array: Any) -> str:
+    """Type and shape in words."""
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
 
 def differences(*, expected: dict[str, str], found: dict[str, str]) -> list[str]:

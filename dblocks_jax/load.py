@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, Classifier, make_classifier, new_model
-from dblocks_jax.checkpoint import FOLDER, Checkpoints
+from dblocks_jax.checkpoint import FOLDER, Checkpoints, describe, differences
 from dblocks_jax.config import (
     architecture,
     arithmetic,
@@ -25,9 +25,13 @@ from dblocks_jax.config import (
 )
 from dblocks_jax.datasets import Card
 from dblocks_jax.devices import make_mesh, on_cpu, replicate
-from dblocks_jax.errors import Unusable, UserError
+from dblocks_jax.errors import Unusable, UserError, brief
 from dblocks_jax.optimizer import Params
 from dblocks_jax.workdir import CONFIG, read_saved, scores
+
+# An exported folder: parameters, and beside them CONFIG with what is needed to use them.
+WEIGHTS = "model.safetensors"
+FOLDER_FORMAT = "dblocks_jax 1"
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,51 @@ class Trained:
             return self.classify(self.params, jnp.asarray(images), jnp.arange(len(images), dtype=jnp.int32))
 
 
-def load_classifier(workdir: str | Path, checkpoint: str = "best") -> Trained:
-    """The trained model of a run: its `checkpoint` is "best", "last" or a step.
+def load_classifier(folder: str | Path, checkpoint: str = "best") -> Trained:
+    """The trained model of a run, whose `checkpoint` is "best", "last" or a step; or that of an exported folder.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
-    return load_run(Path(workdir), checkpoint=checkpoint)[0]
+    folder = Path(folder)
+    return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+
+
+def load_exported(folder: Path) -> Trained:
+    """The model that `--mode=export` wrote into a folder.
+
+    Raises:
+      UserError: a file is missing or damaged, or the parameters are not those of its config.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    about = read_saved(folder, CONFIG)
+    if about is None or about.get("format") != FOLDER_FORMAT:
+        raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
+    try:
+        arrays = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({brief(error)})") from error
+    config, card = ConfigDict(about["config"]), Card.of(about["data"])
+    check_config(config)
+    with on_cpu():
+        blueprint, fresh = Blueprint.of(new_model(config, architecture(config, card)))
+    expected, found = ({name: describe(array) for name, array in of.items()} for of in (parameter_names(fresh), arrays))
+    if differing := differences(expected=expected, found=found):
+        raise UserError(f"{folder / WEIGHTS} does not fit its config:\n  " + "\n  ".join(differing))
+    paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
+    return Trained(config, card, about["step"], blueprint, params, make_classifier(config, blueprint, card))
+
+
+def parameter_names(params: dict[str, Params]) -> dict[str, Any]:
+    """Every array by its name, such as "block_0.layers.1.mlp.output.kernel"."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def load_run(

@@ -37,7 +37,7 @@ def from_reference(weights: Mapping[str, np.ndarray], config: Any) -> ViT | DBlo
       UserError: a parameter is missing, left over or of the wrong shape (it is named), or config does not fit.
     """
     weights = {name.removeprefix("model."): np.asarray(value) for name, value in weights.items()}
-    arch = _architecture(weights, config)
+    arch = read_architecture(weights, config)
     if LABELS in weights:
         model = make_dblock_vit(arch, config.num_blocks, rngs=nnx.Rngs(0))
     else:
@@ -74,7 +74,7 @@ def _take(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return weights[name]
 
 
-def _architecture(weights: Mapping[str, np.ndarray], config: Any) -> Architecture:
+def read_architecture(weights: Mapping[str, np.ndarray], config: Any) -> Architecture:
     if (LABELS in weights) == (CLS_TOKEN in weights):
         raise UserError(f"the reference weights must hold either {LABELS} or {CLS_TOKEN}")
     hidden_size, channels, patch_size, _ = _take(weights, PATCH_WEIGHT).shape

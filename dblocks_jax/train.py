@@ -130,6 +130,11 @@ def _train(
         checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
         start, parts, saved_run = checkpoints.resume(parts)
         check_alike("checkpoints", start)
+        if "imported" in saved_run:
+            raise UserError(
+                f"{workdir} was imported from {saved_run['imported']}, without the optimizer's moments: "
+                "it can be scored and exported, but not trained on"
+            )
         with first_process_first("log"):
             run_folder.forget_metrics_after(workdir, start)
             on_record = {split: run_folder.scores(workdir, split) for split in ("val", "test")}

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,9 +133,12 @@ def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
 
 
 def draw_kept(
-    rate: float, key: Key[Array, ""] | None, shape: tuple[int, ...], *, after: Array
+    rate: float, key: Key[Array, ""] | None, shape: tuple[Any, ...], *, after: Array
 ) -> Bool[Array, "..."] | None:
-    """Which entries a dropout keeps; None for all of them. They are drawn once `after` is there."""
+    """Which entries a dropout keeps; None for all of them. They are drawn once `after` is there.
+
+    Under `jax.export` an entry of `shape` may be a symbol, not an int.
+    """
     if key is None or rate == 0.0:
         return None
     # Nothing else orders the draws: a CPU's scheduler makes those of all layers first, eight bytes an entry.

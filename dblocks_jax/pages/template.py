@@ -1,5 +1,6 @@
-"""Templates filled in: text is escaped, pictures are not."""
+"""Templates filled in. In pages text is escaped, pictures are not."""
 
+import json
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -7,7 +8,7 @@ from markupsafe import Markup
 
 
 def render(name: str, values: dict[str, Any]) -> str:
-    """A page: the template `name` with `values`, whose "charts" are SVG."""
+    """The template `name` with `values`, whose "charts" are SVG."""
     environment = Environment(
         loader=PackageLoader("dblocks_jax.pages"),
         autoescape=select_autoescape(),
@@ -16,5 +17,6 @@ def render(name: str, values: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
+    environment.filters["json"] = json.dumps  # which is YAML too: whatever a name is, it is quoted
     pictures = {key: Markup(svg) for key, svg in values.get("charts", {}).items()}
     return environment.get_template(name).render(values | {"charts": pictures})

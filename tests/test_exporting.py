@@ -1,0 +1,126 @@
+"""What is handed on gives the same answers elsewhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from configs import dblock_digits, vit_digits
+from dblocks_jax.errors import UserError
+from dblocks_jax.exporting import export_run
+from dblocks_jax.load import load_classifier
+from dblocks_jax.train import train
+from dblocks_jax.workdir import finish
+
+TINY = {
+    "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
+    "num_epochs": 2, "num_warmup_steps": 0, "init_noise_scale": 1.0, "data_dir": "/home/somebody",
+}  # fmt: skip
+
+ELSEWHERE = """
+import sys
+import numpy as np
+from jax import export
+program, images, logits = sys.argv[1:]
+classifier = export.deserialize(bytearray(open(program, "rb").read()))
+images = np.load(images)
+np.save(logits, np.concatenate([np.asarray(classifier.call(images[:n])) for n in (1, 5)]))
+assert not any(name.startswith(("dblocks_jax", "flax", "orbax")) for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module", params=["dblock", "isolated", "vit"])
+def exported(request, tmp_path_factory):
+    config = (vit_digits if request.param == "vit" else dblock_digits).get_config()
+    config.update(TINY)
+    if request.param == "isolated":
+        config.update(sharing="isolated", idle_blocks="host", block_schedule="chunked")
+    workdir = tmp_path_factory.mktemp("run")
+    trained = train(config, workdir, command=[], overrides={})
+    finish(workdir, trained)
+    return workdir, trained, export_run(config, workdir, overrides={}, checkpoint="best")
+
+
+def images_of(count: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def test_the_program_alone_classifies_any_number_of_images(exported, tmp_path):
+    """In a process that has imported jax and nothing of ours."""
+    workdir, _, _ = exported
+    np.save(tmp_path / "images.npy", images_of(5))
+    program = str(workdir / "export" / "classifier.stablehlo")
+    files = [program, str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, *files], cwd=tmp_path, check=True, timeout=120)
+    classifier = load_classifier(workdir)
+    expected = np.concatenate([np.asarray(classifier(images_of(5)[:count])) for count in (1, 5)])
+    assert np.abs(expected).max() > 1e-3  # two steps have taught the head something
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
+
+
+def test_the_weights_load_by_name_and_classify_alike(exported):
+    workdir, trained, result = exported
+    assert result["checkpoint"] == trained["checkpoint"] and result["largest_difference_of_logits"] <= 1e-5
+    arrays = load_file(workdir / "export" / "model.safetensors")
+    params = load_classifier(workdir).params
+    assert len(arrays) > 20
+    for name, array in arrays.items():
+        leaf = params
+        for key in name.split("."):
+            leaf = leaf[int(key) if key.isdecimal() else key]
+        np.testing.assert_array_equal(array, leaf)
+    again = load_classifier(workdir / "export")
+    np.testing.assert_allclose(again(images_of(3)), load_classifier(workdir)(images_of(3)), rtol=0, atol=1e-5)
+    assert again.card == load_classifier(workdir).card and again.step == trained["checkpoint"]
+
+
+def test_the_card_is_what_a_hub_reads(exported):
+    workdir, trained, _ = exported
+    text = (workdir / "export" / "README.md").read_text()
+    facts = yaml.safe_load(text.split("---\n")[1])
+    assert facts["pipeline_tag"] == "image-classification" and facts["metrics"] == ["accuracy"]
+    [result] = facts["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": trained["top1"]}]
+    assert f"{trained['top1']:.1%} on the test split" in text
+    for path in (workdir / "export").iterdir():
+        assert b"/home/somebody" not in path.read_bytes(), path
+
+
+def test_an_export_takes_the_place_of_an_older_one(exported):
+    workdir, _, _ = exported
+    (workdir / "export" / "old").touch()
+    config = load_classifier(workdir).config
+    export_run(config, workdir, overrides={}, checkpoint="last")
+    names = {path.name for path in (workdir / "export").iterdir()}
+    assert names == {"README.md", "classifier.stablehlo", "config.json", "model.safetensors"}
+    assert not (workdir / ".export").exists()
+
+
+def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
+    source = exported[0] / "export"
+    arrays = load_file(source / "model.safetensors")
+    name = next(name for name in arrays if name.endswith("head.kernel"))
+    config = (source / "config.json").read_bytes()
+
+    def folder(change: dict[str, np.ndarray], about: bytes = config) -> Path:
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        place.mkdir()
+        save_file(arrays | change, place / "model.safetensors")
+        (place / "config.json").write_bytes(about)
+        return place
+
+    with pytest.raises(UserError, match=r"expected float32\[12, 10\], found float32\[12, 9\]"):
+        load_classifier(folder({name: arrays[name][:, :9].copy()}))
+    with pytest.raises(UserError, match="more: expected nothing, found float32"):
+        load_classifier(folder({"more": np.zeros(1, np.float32)}))
+    with pytest.raises(UserError, match=r"config.json is not the one that --mode=export writes"):
+        load_classifier(folder({}, json.dumps({"format": "another"}).encode()))
+    torn = folder({})
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        load_classifier(torn)

@@ -1,0 +1,127 @@
+"""Checkpoints of the released program become runs."""
+
+import sys
+
+import golden
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import dblock_folder
+from dblocks_jax import importing
+from dblocks_jax.errors import UserError
+from dblocks_jax.evaluate import evaluate_run
+from dblocks_jax.importing import Released, import_released, read_checkpoint
+from dblocks_jax.load import load_classifier
+from dblocks_jax.reference import to_reference
+from dblocks_jax.train import train
+
+FIELDS = ("image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks")
+
+
+@pytest.fixture(scope="module", params=golden.files("dblock_tiny.npz"))
+def released(request):
+    """What the golden checkpoint holds: the model after its training steps."""
+    arrays, shapes = golden.load(request.param)
+    return Released(golden.under(arrays, "train/final/"), {"num_blocks": 3, "gamma": 0.05}, 12), shapes
+
+
+@pytest.fixture
+def config(released, tmp_path):
+    """A config of the golden model's sizes, for a folder with an image of each of its classes."""
+    shapes = released[1]
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "images" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            Image.fromarray(np.full((20, 20, 3), 25 * label, np.uint8)).save(folder / "a.png")
+    config = dblock_folder.get_config()
+    config.update({field: getattr(shapes, field) for field in FIELDS})
+    config.update(data_dir=str(tmp_path / "images"), batch_size=2)
+    return config
+
+
+def start_import(config, workdir):
+    return import_released(config, workdir, workdir / "last.ckpt", command=[], overrides={})
+
+
+def test_an_imported_run_has_the_released_weights_and_is_scored(released, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0])
+    result = start_import(config, tmp_path / "run")
+    weights = released[0].weights
+    assert result["checkpoint"] == 12 and result["parameters"] == sum(value.size for value in weights.values())
+    trained = load_classifier(tmp_path / "run")
+    found = to_reference(trained.blueprint.model(trained.params))
+    assert found.keys() == weights.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert evaluate_run(config, tmp_path / "run", overrides={}, checkpoint="best")["num_images"] == 10
+    with pytest.raises(UserError, match=r"was imported from last.ckpt, without the optimizer's moments"):
+        train(config, tmp_path / "run", command=[], overrides={})
+    with pytest.raises(UserError, match="holds a run already"):
+        start_import(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 9, "intermediate_size": 32}, "num_layers is 6, not 9; intermediate_size is 64, not 32"),
+        ({"gamma": 0.1}, r"gamma is 0.05, not 0.1"),
+        ({"num_blocks": 2}, "num_blocks is 3, not 2"),
+        ({"model_type": "vit"}, "set --config.model_type=dblock"),
+        ({"sharing": "isolated"}, "share embeddings and head"),
+    ],
+)
+def test_another_model_than_the_configs_is_refused_by_field(released, config, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0])
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        start_import(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_too_many_is_refused(released, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0])
+    folder = tmp_path / "images" / "train" / "one more"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "a.png")
+    with pytest.raises(UserError, match="num_labels is 10, not 11"):
+        start_import(config, tmp_path / "run")
+
+
+def test_without_pytorch_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="uv sync --extra import"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("path", golden.files("dblock_tiny.ckpt"))
+def test_a_lightning_checkpoint_is_read(path, released):
+    pytest.importorskip("torch")
+    found, expected = read_checkpoint(path), released[0]
+    assert (found.fields, found.step) == (expected.fields, expected.step)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        np.testing.assert_array_equal(found.weights[name], value, err_msg=name)
+
+
+def test_what_is_no_checkpoint_is_named_and_runs_nothing(tmp_path):
+    torch = pytest.importorskip("torch")
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "it ran"), "w"))
+
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    torch.save({"weights": {}}, tmp_path / "other.ckpt")
+    for name, message in [
+        ("none.ckpt", "cannot read the checkpoint"),
+        ("text.ckpt", "cannot read the checkpoint"),
+        ("evil.ckpt", "cannot read the checkpoint"),
+        ("other.ckpt", "it has no state_dict"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "it ran").exists()
