@@ -10,26 +10,26 @@ def get_config() -> ConfigDict:
     config.model_type = "dblock"  # "dblock": blocks trained one at a time; "vit": the plain model, end to end
     config.dataset = "cifar100"  # digits, cifar10, cifar100, tiny_imagenet, folder
     config.data_dir = "~/tensorflow_datasets"  # where data sets are kept; for "folder" the root of your images
-    config.val_fraction = 0.0  # part of the training images set apart to choose the best checkpoint by
+    config.val_fraction = 0.0  # part of the training images set apart to choose the best checkpoint by; at most 0.5
 
     # The transformer.
-    config.image_size = 32
-    config.patch_size = 4
-    config.num_layers = 12
-    config.hidden_size = 128
-    config.num_heads = 4
+    config.image_size = 32  # of a side, in pixels
+    config.patch_size = 4  # of a side, in pixels; must divide image_size
+    config.num_layers = 12  # of all blocks together
+    config.hidden_size = 128  # width of a token
+    config.num_heads = 4  # of attention; must divide hidden_size
     config.intermediate_size = 3072  # width of the MLP (the released program has 24 * hidden_size)
     config.dropout = 0.1  # on hidden states and on attention probabilities
     config.pool = "cls"  # "cls": the first token; "mean": the mean of the patch tokens
 
     # The diffusion.
     config.num_blocks = 3  # must divide num_layers; training takes this many times num_epochs
-    config.gamma = 0.05  # overlap of neighbouring blocks' noise ranges, as a share of each, in ln sigma
-    config.sigma_min = 0.002
-    config.sigma_max = 80.0
-    config.sigma_data = 0.5
+    config.gamma = 0.05  # overlap of neighbouring blocks' noise ranges, as a share of each, in ln sigma; at most 0.5
+    config.sigma_min = 0.002  # least noise
+    config.sigma_max = 80.0  # most noise, where the sampler starts
+    config.sigma_data = 0.5  # standard deviation of the targets, as preconditioning takes it
     config.p_mean = -1.2  # of ln sigma in training
-    config.p_std = 1.2
+    config.p_std = 1.2  # of ln sigma in training
     config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none"
 
     # The sampler.
@@ -47,17 +47,17 @@ def get_config() -> ConfigDict:
     config.add_rand_aug = False  # RandAugment: 2 operations of magnitude 9
 
     # Optimisation.
-    config.num_epochs = 500
+    config.num_epochs = 500  # passes over the data; for DiffusionBlocks as many for each block
     config.max_steps = 0  # stop after so many updates, if num_epochs does not before; 0 is no limit
-    config.batch_size = 128
+    config.batch_size = 128  # images a step, over all devices
     config.accumulate_grad_batches = 1  # batches for each update
     config.gradient_checkpointing = False  # keep only each layer's input for the backward pass
-    config.lr = 1e-3
-    config.weight_decay = 0.01
+    config.lr = 1e-3  # of AdamW, at its highest
+    config.weight_decay = 0.01  # of AdamW, on every parameter
     config.clip_norm = 1.0  # global norm of the gradients of what a step trains
     config.scheduler_type = "constant_with_warmup"  # or linear, cosine, cosine_with_min_lr
     config.scheduler_specific_kwargs = "{}"  # JSON, such as {"min_lr": 5e-5}
-    config.num_warmup_steps = 0
+    config.num_warmup_steps = 0  # in which the learning rate rises from 0
 
     # Which block when, and where the others wait.
     config.block_schedule = "random"  # "random": drawn for each step (paper); "chunked": in turns; "sequential"
@@ -74,12 +74,12 @@ def get_config() -> ConfigDict:
     config.steps_per_call = 50  # at most so many steps in one call of the device, where the data live on it
 
     # The run.
-    config.seed = 42
-    config.eval_batch_size = 500
+    config.seed = 42  # of parameters, batches, noise, dropout and the validation split
+    config.eval_batch_size = 500  # images at a time when scoring
     config.save_every_n_epochs = 10  # evaluate and save a checkpoint
     config.max_bad_steps = 20  # stop after so many steps of a block in a row whose loss or gradient is not finite
     config.save_top_k = 1  # best checkpoints kept besides the latest (needs a validation split); 0: the last is scored
-    config.log_every_n_steps = 50
+    config.log_every_n_steps = 50  # steps that a line of the log is a mean of
     config.wandb = False  # log to Weights & Biases too; WANDB_MODE=offline keeps it here
     config.postfix = ""  # appended to the name of the run's folder
     return config

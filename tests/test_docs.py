@@ -1,0 +1,46 @@
+"""What the documents say of the program is so."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from docs import make_configuration
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATH = r"(?:configs|dblocks_jax|docs|tests|benchmarks|checkpoints)/[\w/]*\w\.(?:py|md|png|html)"
+
+
+def test_the_configuration_page_is_up_to_date():
+    """If not: uv run docs/make_configuration.py"""
+    assert make_configuration.PAGE.read_text() == make_configuration.make()
+
+
+def test_every_field_is_explained_once():
+    sections = make_configuration.read_sections((ROOT / "configs" / "common.py").read_text())
+    fields = [field for fields in sections.values() for field in fields]
+    assert sorted(name for name, _ in fields) == sorted(common.get_config())
+    assert all(meaning for _, meaning in fields)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_files_and_names_that_are_mentioned_exist(document):
+    text = re.sub(r"\s+", " ", document.read_text())
+    for path, name in re.findall(rf"`({PATH})(?:: (\w+))?`", text):
+        assert (ROOT / path).exists(), path
+        if name:
+            tree = ast.parse((ROOT / path).read_text())
+            assert name in {node.name for node in tree.body if hasattr(node, "name")}, (path, name)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_fields_that_commands_set_exist(document):
+    known = set(common.get_config())
+    text = document.read_text()
+    named = set(re.findall(r"--config\.(\w+)", text)) - {"FIELD"}
+    assert named <= known
+    for config in re.findall(r"--config=(configs/\w+\.py)", text):
+        assert config in {"configs/X.py", "configs/CONFIG.py"} or (ROOT / config).exists(), config
