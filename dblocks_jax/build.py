@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.augment import normalize
@@ -29,8 +29,9 @@ from dblocks_jax.streams import stream
 KARRAS_RHO = 7.0
 Model = ViT | DBlockViT | IsolatedDBlockViT
 
-# (parameters by part, uint8 images, position of each in its split) -> logits after each denoising step
-Classifier = Callable[[dict[str, Params], UInt8[Array, "b h w c"], Int[Array, " b"]], Float[Array, "n b classes"]]
+# (parameters by part, uint8 images, position of each in its split) -> logits after each denoising step; that of a
+# DiffusionBlocks model also takes plan=, as `sampler_plan` returns it, to sample otherwise with the same programs
+Classifier = Callable[..., Float[Array, "n b classes"]]
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,15 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
 
         return classify_plain
 
-    sigmas, blocks = sampler_plan(config)
+    plan_of_config = sampler_plan(config)
+    sigma_max = plan_of_config[0][0]  # where every plan begins
     shared_graphdef = blueprint.parts[blueprint.names(0)[0]]
 
     @jax.jit
     def start(images, positions):
         keys = jax.vmap(partial(stream, config.seed, "sampler"))(positions)
         unit_noise = jax.vmap(lambda key: jax.random.normal(key, (config.hidden_size,)))(keys)
-        return normalize(images, card.mean, card.std), initial_z(unit_noise, sigmas[0], config.init_noise_scale)
+        return normalize(images, card.mean, card.std), initial_z(unit_noise, sigma_max, config.init_noise_scale)
 
     @jax.jit
     def step(shared, block, images, z, sigma, sigma_next, labels_next):
@@ -155,7 +157,8 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
             sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table, labels_next=labels_next,
         )  # fmt: skip
 
-    def classify(params, images, positions):
+    def classify(params, images, positions, plan=plan_of_config):
+        sigmas, blocks = plan
         images, z = start(images, positions)
 
         def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):

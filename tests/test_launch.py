@@ -25,23 +25,42 @@ def launch(*args: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, dict]:
-    """A finished run: (its folder, its result)."""
+def trained(tmp_path_factory) -> tuple[Path, dict, str]:
+    """A finished run: (its folder, its result, what it told on the way)."""
     workdir = tmp_path_factory.mktemp("run")
     done = launch(*TINY, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    return workdir, json.loads(done.stdout.splitlines()[-1])
+    return workdir, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
 def test_training_leaves_a_result_and_its_config(trained):
-    workdir, result = trained
+    workdir, result, _ = trained
     assert result["mode"] == "train" and result["num_images"] == 360
     assert json.loads((workdir / "train.json").read_text()) == result
     assert json.loads((workdir / "config.json").read_text())["hidden_size"] == 12
 
 
+def test_without_a_terminal_lines_are_plain_and_few(trained):
+    """A screen at the start, lines every few seconds; the last step has one, and so has each evaluation."""
+    _, result, told = trained
+    assert "\x1b" not in told
+    for text in ("from the start", "DiffusionBlocks, 3 blocks", "block 2: ", "6 steps to do of 6, 2 an epoch"):
+        assert text in told
+    windows = [line for line in told.splitlines() if " loss " in line]
+    assert 1 <= len(windows) <= 3 and " step 6/6 " in windows[-1]
+    assert f"step 6: test top1 {result['top1']:.4f}" in told.splitlines()[-1]
+
+
+def test_runs_are_compared_without_a_config(trained, tmp_path):
+    done = launch("--mode=compare", f"--workdir={tmp_path}", "--runs", str(trained[0]), str(trained[0]))
+    assert done.returncode == 0, done.stderr
+    [group] = json.loads(done.stdout.splitlines()[-1])["groups"]
+    assert group["top1_mean"] == trained[1]["top1"] and len(group["runs"]) == 2
+    assert (tmp_path / "compare.html").exists() and json.loads((tmp_path / "compare.json").read_text())
+
+
 def test_evaluation_of_a_finished_run(trained):
-    workdir, _ = trained
+    workdir, *_ = trained
     scored = launch(*TINY, f"--workdir={workdir}", "--mode=eval", "--config.num_inference_steps=1")
     assert scored.returncode == 0, scored.stderr
     result = json.loads(scored.stdout.splitlines()[-1])
@@ -86,8 +105,10 @@ def test_eight_devices_train_as_one(trained, tmp_path):
         (["--config=configs/none.py"], 2, "there is no config file configs/none.py"),
         (["--config=configs/vit_digits.py", "--config.num_bloks=2"], 2, 'Did you mean "num_blocks"'),
         (["--config=configs/vit_digits.py", "--config.num_blocks=1.5"], 2, "invalid literal for int()"),
-        (["--config=configs/vit_digits.py", "--mode=fly"], 2, "<train|eval|merge|memory>"),
+        (["--config=configs/vit_digits.py", "--mode=fly"], 2, "value should be one of <train|eval|predict"),
         (["--config=configs/vit_digits.py", "train"], 2, "unexpected argument 'train'"),
+        (["--config=configs/vit_digits.py", "--checkpoint=last"], 2, "--checkpoint is for --mode=eval or predict or"),
+        (["--config=configs/vit_digits.py", "--mode=predict"], 2, "--mode=predict needs --images"),
         (["--config=configs/vit_digits.py", "--config.patch_size=3"], 1, "patch_size=3 must divide image_size=8"),
         (["--config=configs/vit_digits.py", "--distributed"], 1, "set JAX_COORDINATOR_ADDRESS=HOST:PORT"),
     ],

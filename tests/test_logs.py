@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import command, finish, logged, started
+from runs import command, logged, started
 from tensorboardX.proto.event_pb2 import Event
 
 from dblocks_jax.display import clock
@@ -134,11 +134,3 @@ def read_until_closed(reader: int) -> str:
         pass
     os.close(reader)
     return b"".join(parts).decode(errors="replace")
-
-
-def test_without_a_terminal_lines_are_plain_and_few(tmp_path):
-    done = finish(*command(tmp_path, max_steps=20, steps_per_call=1))
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stderr
-    windows = [line for line in done.stderr.splitlines() if "[0] loss" in line]
-    assert 1 <= len(windows) <= 3 and windows[-1].split()[2] == "step" and "20/20" in windows[-1]

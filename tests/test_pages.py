@@ -61,12 +61,11 @@ def run(request, tmp_path_factory):
     config.update(TINY)
     workdir = tmp_path_factory.mktemp("run")
     train(config, workdir, command=["launch.py", "--config.x=<b>"], overrides={})
-    return config, workdir
+    return config, workdir, report(config, workdir, overrides={}, checkpoint="best")
 
 
 def test_a_report_says_what_evaluation_measures(run):
-    config, workdir = run
-    result = report(config, workdir, overrides={}, checkpoint="best")
+    config, workdir, result = run
     scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
     assert {key: result[key] for key in scored if key not in ("mode", "sampler")} == {
         key: value for key, value in scored.items() if key not in ("mode", "sampler")
@@ -88,8 +87,7 @@ def test_a_report_says_what_evaluation_measures(run):
 
 def test_the_page_shows_what_the_classifier_believes_of_an_image(run):
     """The first picture among those classified rightly is found again in the data, with the same beliefs."""
-    config, workdir = run
-    report(config, workdir, overrides={}, checkpoint="best")
+    config, workdir, _ = run
     text = (workdir / "report.html").read_text()
     index = int(re.findall(r"<div>image (\d+)<br>", text.split("Right, picked evenly")[1])[0])
     images = find_dataset(config).split("test").images(np.arange(360))
@@ -126,7 +124,7 @@ def test_names_are_shown_as_they_are():
 
 
 def test_inspection_counts_what_training_makes(run, tmp_path, capsys):
-    config, workdir = run
+    config, workdir, _ = run
     result = inspect(config, tmp_path)
     params = load_classifier(workdir).params
     sizes = {name: sum(leaf.size for leaf in leaves(part)) for name, part in params.items()}

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dblocks_jax.build import make_classifier
+from dblocks_jax.build import sampler_plan
 from dblocks_jax.config import arithmetic, noise_distribution, num_inference_steps
 from dblocks_jax.datasets import Source, Subset
 from dblocks_jax.devices import make_mesh
@@ -101,9 +102,9 @@ def accuracy_by_count(trained: Trained, test: Source, mesh: Any) -> dict[int, fl
     some = Subset(test, np.unique(np.linspace(0, len(test) - 1, min(len(test), IMAGES_FOR_COUNTS)).astype(int)))
     accuracies = {}
     for count in sorted({*COUNTS, num_inference_steps(trained.config)}):
-        config = ConfigDict({**trained.config.to_dict(), "num_inference_steps": count})
-        classify = make_classifier(config, trained.blueprint, trained.card)
-        believed, _ = answers(classify, trained.params, some, batch_size=config.eval_batch_size, mesh=mesh)
+        plan = sampler_plan(ConfigDict({**trained.config.to_dict(), "num_inference_steps": count}))
+        classify = partial(trained.classify, plan=plan)
+        believed, _ = answers(classify, trained.params, some, batch_size=trained.config.eval_batch_size, mesh=mesh)
         accuracies[count] = float(np.mean(believed[-1] == some.labels))
     return accuracies
 
