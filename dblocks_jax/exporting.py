@@ -1,6 +1,9 @@
 """`--mode=export`: a trained model to hand on, as safetensors with a model card and as a StableHLO program."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,12 @@ import numpy as np
 from jax import export
 from ml_collections import ConfigDict
 
-from dblocks_jax.config import arithmetic
-from dblocks_jax.errors import UserError
+from dblocks_jax.config import ARITHMETIC_FIELDS, SAMPLER_FIELDS, arithmetic
+from dblocks_jax.devices import on_cpu
 from dblocks_jax.load import CONFIG, FOLDER_FORMAT, WEIGHTS, Trained, load_exported, load_run, parameter_names
 from dblocks_jax.overview import noise_ranges, num_parameters
 from dblocks_jax.pages.template import render
-from dblocks_jax.workdir import read_saved, write_json
+from dblocks_jax.workdir import read_saved, write_json, writing
 
 FOLDER, PROGRAM, CARD = "export", "classifier.stablehlo", "README.md"
 PLATFORMS = ("cpu", "cuda")
@@ -36,18 +39,22 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     # One program for all platforms: nothing may wait on the host.
     overrides = overrides | {"idle_blocks": "device"}
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    folder, temporary = workdir / FOLDER, workdir / f".{FOLDER}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    folder, temporary, old = (workdir / name for name in (FOLDER, f".{FOLDER}", f".{FOLDER}_before"))
+    # All of it on a CPU: a GPU rounds products to TF32, and so two programs of one model may differ there by more than
+    # TOLERANCE. The weights lie on no device in particular, else the program would ask for as many as they were on.
+    with on_cpu(), writing(folder):
+        trained = replace(trained, params=jax.tree.map(jnp.asarray, jax.device_get(trained.params)))
+        for left_over in (temporary, old):
+            shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
         write_weights(trained, temporary)
         (temporary / PROGRAM).write_bytes(to_program(trained))
-        (temporary / CARD).write_text(model_card(trained, accuracy(workdir, trained.step)), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(trained, accuracy(workdir, trained)), encoding="utf-8")
         difference = largest_difference(trained, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)  # whoever looks meanwhile sees no half-deleted one
         temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        shutil.rmtree(old, ignore_errors=True)
     return {
         "mode": "export",
         "workdir": str(workdir),
@@ -60,9 +67,11 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
 
 def write_weights(trained: Trained, folder: Path) -> None:
     """The parameters by name, such as block_0.layers.1.mlp.output.kernel, and what is needed to use them."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file(parameter_names(jax.device_get(trained.params)), folder / WEIGHTS, {"format": FOLDER_FORMAT})
+    # Not its `save_file`: that is readable for the owner alone, and raises an error of its own where a disk is full.
+    arrays = parameter_names(jax.device_get(trained.params))
+    (folder / WEIGHTS).write_bytes(save(arrays, {"format": FOLDER_FORMAT}))
     about = {"format": FOLDER_FORMAT, "step": trained.step, "data": trained.card.to_dict()}
     config = trained.config.to_dict() | {"data_dir": ""}  # a path of this machine is nobody else's business
     write_json(folder / CONFIG, about | {"config": config})
@@ -70,16 +79,25 @@ def write_weights(trained: Trained, folder: Path) -> None:
 
 def to_program(trained: Trained) -> bytes:
     """The classifier as a serialised StableHLO program for PLATFORMS and any batch size."""
-    # Weights on no device in particular: else the program would ask for as many devices as they were on.
-    params = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
 
     def classify(images):
-        return trained.classify(params, images, jnp.arange(images.shape[0], dtype=jnp.int32))[-1]
+        return trained.classify(trained.params, images, jnp.arange(images.shape[0], dtype=jnp.int32))[-1]
 
     (count,) = export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((count, *trained.card.image_shape), jnp.uint8)
-    with arithmetic(trained.config):
+    with arithmetic(trained.config), _no_source_paths():
         return bytes(export.export(jax.jit(classify), platforms=PLATFORMS)(images).serialize())
+
+
+@contextmanager
+def _no_source_paths() -> Iterator[None]:
+    """jax notes in a program from which file and line each operation came: paths of this machine, and of its user."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def largest_difference(trained: Trained, folder: Path) -> float:
@@ -95,11 +113,15 @@ def largest_difference(trained: Trained, folder: Path) -> float:
     return difference
 
 
-def accuracy(workdir: Path, step: int) -> float | None:
-    """The accuracy on the test split that is on record for a checkpoint."""
-    for name in ("train.json", "eval.json", "report.json"):
+def accuracy(workdir: Path, trained: Trained) -> float | None:
+    """The accuracy on the test split that is on record for a checkpoint, classified as `trained` does it."""
+    fields = ARITHMETIC_FIELDS + (SAMPLER_FIELDS if trained.config.model_type == "dblock" else ())
+    of_run = read_saved(workdir, CONFIG) or {}
+    for name in ("train.json", "eval.json"):
         result = read_saved(workdir, name) or {}
-        if result.get("checkpoint") == step and "top1" in result:
+        used = of_run | result.get("sampler", {})
+        is_alike = all(used.get(field, trained.config[field]) == trained.config[field] for field in fields)
+        if result.get("checkpoint") == trained.step and "top1" in result and is_alike:
             return result["top1"]
     return None
 

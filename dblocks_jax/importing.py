@@ -80,12 +80,11 @@ def read_checkpoint(source: Path) -> Released:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # of the file system, of zip files, of the unpickler that refuses what is no weight
         raise UserError(f"cannot read the checkpoint {source}: {brief(error)}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{source} is no checkpoint of the released program: it has no state_dict")
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{source} is no checkpoint of the released program: it has no state_dict of tensors")
     weights = {
-        name.removeprefix("model."): value.float().numpy()
-        for name, value in content["state_dict"].items()
-        if name not in NO_PARAMETERS
+        name.removeprefix("model."): value.float().numpy() for name, value in state.items() if name not in NO_PARAMETERS
     }
     fields = content.get("hyper_parameters", {})
     return Released(weights, dict(fields), int(content.get("global_step", 0)))

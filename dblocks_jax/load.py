@@ -92,14 +92,17 @@ def load_exported(folder: Path) -> Trained:
     from safetensors.numpy import load_file
 
     about = read_saved(folder, CONFIG)
-    if about is None or about.get("format") != FOLDER_FORMAT:
+    if not isinstance(about, dict) or about.get("format") != FOLDER_FORMAT:
         raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
     try:
         arrays = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({brief(error)})") from error
-    config, card = ConfigDict(about["config"]), Card.of(about["data"])
-    check_config(config)
+    try:
+        config, card, step = ConfigDict(about["config"]), Card.of(about["data"]), int(about["step"])
+        check_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field is missing, or not of its type
+        raise UserError(f"{folder / CONFIG} cannot be used ({brief(error)})") from error
     with on_cpu():
         blueprint, fresh = Blueprint.of(new_model(config, architecture(config, card)))
     expected, found = ({name: describe(array) for name, array in of.items()} for of in (parameter_names(fresh), arrays))
@@ -107,7 +110,7 @@ def load_exported(folder: Path) -> Trained:
         raise UserError(f"{folder / WEIGHTS} does not fit its config:\n  " + "\n  ".join(differing))
     paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
     params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
-    return Trained(config, card, about["step"], blueprint, params, make_classifier(config, blueprint, card))
+    return Trained(config, card, step, blueprint, params, make_classifier(config, blueprint, card))
 
 
 def parameter_names(params: dict[str, Params]) -> dict[str, Any]:

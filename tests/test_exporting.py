@@ -1,21 +1,25 @@
 """What is handed on gives the same answers elsewhere."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from ml_collections import ConfigDict
+from runs import ROOT
 from safetensors.numpy import load_file, save_file
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax.errors import UserError
-from dblocks_jax.exporting import export_run
+from dblocks_jax.exporting import accuracy, export_run
 from dblocks_jax.load import load_classifier
 from dblocks_jax.train import train
-from dblocks_jax.workdir import finish
+from dblocks_jax.workdir import finish, write_json
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
@@ -87,8 +91,33 @@ def test_the_card_is_what_a_hub_reads(exported):
     [result] = facts["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": trained["top1"]}]
     assert f"{trained['top1']:.1%} on the test split" in text
-    for path in (workdir / "export").iterdir():
-        assert b"/home/somebody" not in path.read_bytes(), path
+
+
+def test_what_is_handed_on_tells_nothing_of_the_machine_and_is_for_everybody(exported):
+    paths = list((exported[0] / "export").iterdir())
+    assert len(paths) == 4
+    for path in paths:
+        content = path.read_bytes()
+        for private in ("/home/somebody", str(ROOT), str(Path(sys.executable).parents[1]), str(exported[0].parent)):
+            assert private.encode() not in content, path
+    assert len({path.stat().st_mode for path in paths}) == 1  # the umask's, whichever library wrote it
+
+
+def test_the_accuracy_is_that_of_the_sampler_which_is_exported(exported, tmp_path):
+    workdir, result, _ = exported
+    for name in ("config.json", "train.json"):
+        shutil.copy(workdir / name, tmp_path)
+    trained = load_classifier(workdir)
+    longer = replace(trained, config=ConfigDict({**trained.config.to_dict(), "num_inference_steps": 5}))
+    assert accuracy(tmp_path, trained) == result["top1"]
+    assert accuracy(tmp_path, replace(trained, step=trained.step - 1)) is None
+    if trained.config.model_type == "vit":
+        assert accuracy(tmp_path, longer) == result["top1"]  # it has no sampler
+        return
+    assert accuracy(tmp_path, longer) is None
+    write_json(tmp_path / "eval.json", result | {"top1": 0.125, "sampler": {"num_inference_steps": 5}})
+    assert accuracy(tmp_path, longer) == 0.125
+    assert accuracy(tmp_path, trained) == result["top1"]
 
 
 def test_an_export_takes_the_place_of_an_older_one(exported):
@@ -98,7 +127,7 @@ def test_an_export_takes_the_place_of_an_older_one(exported):
     export_run(config, workdir, overrides={}, checkpoint="last")
     names = {path.name for path in (workdir / "export").iterdir()}
     assert names == {"README.md", "classifier.stablehlo", "config.json", "model.safetensors"}
-    assert not (workdir / ".export").exists()
+    assert not list(workdir.glob(".export*"))
 
 
 def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
@@ -107,10 +136,11 @@ def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
     name = next(name for name in arrays if name.endswith("head.kernel"))
     config = (source / "config.json").read_bytes()
 
-    def folder(change: dict[str, np.ndarray], about: bytes = config) -> Path:
+    def folder(change: dict[str, np.ndarray | None], about: bytes = config) -> Path:
         place = tmp_path / str(len(list(tmp_path.iterdir())))
         place.mkdir()
-        save_file(arrays | change, place / "model.safetensors")
+        changed = {key: value for key, value in (arrays | change).items() if value is not None}
+        save_file(changed, place / "model.safetensors")
         (place / "config.json").write_bytes(about)
         return place
 
@@ -120,6 +150,12 @@ def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
         load_classifier(folder({"more": np.zeros(1, np.float32)}))
     with pytest.raises(UserError, match=r"config.json is not the one that --mode=export writes"):
         load_classifier(folder({}, json.dumps({"format": "another"}).encode()))
+    with pytest.raises(UserError, match=rf"{name}: expected float32\[12, 10\], found nothing"):
+        load_classifier(folder({name: None}))
+    about = json.loads(config)
+    del about["config"]["gamma"]
+    with pytest.raises(UserError, match=r"config.json cannot be used .*gamma"):
+        load_classifier(folder({}, json.dumps(about).encode()))
     torn = folder({})
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):

@@ -1,18 +1,21 @@
 """Checkpoints of the released program become runs."""
 
 import sys
+from functools import partial
 
 import golden
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import dblock_folder
-from dblocks_jax import importing
+from dblocks_jax import build, importing
+from dblocks_jax.diffusion.sampler import initial_z
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate_run
 from dblocks_jax.importing import Released, import_released, read_checkpoint
-from dblocks_jax.load import load_classifier
+from dblocks_jax.load import load_classifier, load_run
 from dblocks_jax.reference import to_reference
 from dblocks_jax.train import train
 
@@ -80,6 +83,43 @@ def test_another_model_than_the_configs_is_refused_by_field(released, config, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vit.pooler.dense.bias": np.zeros(24, np.float32)}, "does not have: vit.pooler.dense.bias"),
+        ({"classifier.bias": None}, "lack classifier.bias"),
+    ],
+)
+def test_a_parameter_too_many_or_too_few_is_refused_by_name(released, config, tmp_path, monkeypatch, change, message):
+    weights = {name: value for name, value in (released[0].weights | change).items() if value is not None}
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0]._replace(weights=weights))
+    with pytest.raises(UserError, match=message):
+        start_import(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", golden.files("dblock_tiny.npz") + golden.files("vit_tiny.npz"))
+def test_an_imported_model_gives_the_released_logits(path, config, tmp_path, monkeypatch):
+    """The whole way from the file's weights through the sampler, on the golden images and noise; a ViT has no noise."""
+    arrays, _ = golden.load(path)
+    released = Released(golden.under(arrays, "param/"), {}, 1)
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released)
+    config.update(model_type="dblock" if path.name.startswith("dblock") else "vit", matmul_precision="highest")
+    start_import(config, tmp_path / "run")
+    images = arrays["pixel_values_nchw"].transpose(0, 2, 3, 1)
+    monkeypatch.setattr(build, "normalize", lambda *_: jnp.asarray(images))
+    runs = sorted({name.split("/")[0] for name in arrays if name.startswith("sampler_")}) or [""]
+    for run in runs:
+        expected, overrides = (golden.under(arrays, f"{run}/"), {}) if run else (arrays, {})
+        if run:
+            steps, scale = run.removeprefix("sampler_steps").split("_cfg")
+            overrides = {"num_inference_steps": int(steps), "cfg_scale": float(scale)}
+            start = partial(initial_z, jnp.asarray(expected["unit_noise"]))
+            monkeypatch.setattr(build, "initial_z", lambda _, *scales, start=start: start(*scales))
+        trained, _ = load_run(tmp_path / "run", checkpoint="last", overrides=overrides)
+        golden.assert_close(trained(np.zeros(images.shape, np.uint8)), expected["logits"], 1e-5, run)
+
+
 def test_a_class_too_many_is_refused(released, config, tmp_path, monkeypatch):
     monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0])
     folder = tmp_path / "images" / "train" / "one more"
@@ -116,11 +156,13 @@ def test_what_is_no_checkpoint_is_named_and_runs_nothing(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}))
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
+    torch.save({"state_dict": {"model.classifier.bias": "a word"}}, tmp_path / "words.ckpt")
     for name, message in [
         ("none.ckpt", "cannot read the checkpoint"),
         ("text.ckpt", "cannot read the checkpoint"),
         ("evil.ckpt", "cannot read the checkpoint"),
         ("other.ckpt", "it has no state_dict"),
+        ("words.ckpt", "it has no state_dict of tensors"),
     ]:
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / name)

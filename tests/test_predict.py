@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import dblock_digits, vit_digits
+from configs import dblock_digits
 from dblocks_jax.config import find_dataset
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate_run
@@ -21,9 +21,9 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[dblock_digits, vit_digits], ids=["dblock", "vit"])
-def run(request, tmp_path_factory):
-    config = request.param.get_config()
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = dblock_digits.get_config()
     config.update(TINY)
     workdir = tmp_path_factory.mktemp("run")
     return config, workdir, train(config, workdir, command=[], overrides={})
@@ -76,8 +76,7 @@ def test_files_are_classified_as_the_arrays_they_were_made_of(run, test_split, t
         assert record["top5"][0]["label"] == str(answer)
         found = [step["probability_of_answer"] for step in record["by_step"]]
         np.testing.assert_allclose(found, expected[:, i, answer], rtol=0, atol=1e-5)
-    blocks = [step.get("block") for step in records[0]["by_step"]]
-    assert blocks == ([0, 1] if config.model_type == "dblock" else [None])
+    assert [step["block"] for step in records[0]["by_step"]] == [0, 1]
 
 
 def test_describe_ranks_classes_and_follows_the_answer():

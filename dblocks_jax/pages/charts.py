@@ -83,7 +83,9 @@ def noise(distribution: NoiseDistribution, edges: np.ndarray, sigmas: Sequence[f
         return _svg(figure)
 
 
-def over_steps(series: Mapping[str, tuple[Sequence[int], Sequence[float]]], colors: Sequence[Any], ylabel: str) -> str:
+def over_steps(
+    series: Mapping[str, tuple[Sequence[int], Sequence[float | None]]], colors: Sequence[Any], ylabel: str
+) -> str:
     """Lines over training steps. The y axis is logarithmic where all values are positive and far apart."""
     with mpl.rc_context(STYLE):
         figure, axes = _new()
