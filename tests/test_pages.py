@@ -160,7 +160,7 @@ def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
         finished(tmp_path / "c", 0.7, seed=2, num_blocks=2, idle_blocks="host"),
     ]
     (runs[1] / "report.json").write_text(json.dumps({"accuracy_by_num_steps": {"1": 0.5, "3": 0.75}}))
-    best, other = compare(runs, tmp_path / "out")["groups"]
+    best, other = compare([*runs, runs[0]], tmp_path / "out")["groups"]  # named twice, counted once
     assert (best["fields"], best["seeds"], best["accuracy"]) == ({"num_blocks": 3}, [1], "75.0 %")
     assert (other["fields"], other["seeds"]) == ({"num_blocks": 2}, [1, 2])
     assert other["top1_mean"] == pytest.approx(0.6) and other["top1_std"] == pytest.approx(0.2 / 2**0.5)

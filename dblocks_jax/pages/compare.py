@@ -59,7 +59,8 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
     Raises:
       UserError: a folder holds no finished run, or the page cannot be written.
     """
-    runs = [read(workdir) for workdir in workdirs]
+    named = {workdir.resolve(): workdir for workdir in workdirs}  # a run that is named twice counts once
+    runs = [read(workdir) for workdir in named.values()]
     groups = group(runs)
     rows = [_row(each) for each in groups]
     _print(groups, rows)
