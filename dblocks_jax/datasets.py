@@ -276,6 +276,9 @@ def _load_folder(root: Path, image_size: int, val_fraction: float, seed: int) ->
     class_names = tuple(path.name for path in _visible(own["train"]) if path.is_dir())
     if not class_names:
         raise UserError(f"{own['train']} has no class folders: images belong in {own['train']}/<class>/")
+    for name in class_names:
+        if name != name.encode("utf-8", "replace").decode():
+            raise UserError(f"{own['train']} has a class whose name is not text, {name!r}: rename its folders")
     if len(class_names) == 1:
         raise UserError(f"{own['train']} has the one class {class_names[0]!r}: there must be two at least")
     files = {which: _list_images(folder, class_names) for which, folder in own.items()}

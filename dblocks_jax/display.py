@@ -1,7 +1,10 @@
 """What a person sees while a run trains: a live display in a terminal, else a plain line every few seconds."""
 
+import os
+import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -105,5 +108,6 @@ def memory_in_use() -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+    if Path("/proc/self/statm").exists():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, at their peak

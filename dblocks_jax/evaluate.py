@@ -13,7 +13,14 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Classifier, summarize
-from dblocks_jax.config import SAMPLER_FIELDS, arithmetic, check_same_data, find_dataset, image_dropout
+from dblocks_jax.config import (
+    ARITHMETIC_FIELDS,
+    SAMPLER_FIELDS,
+    arithmetic,
+    check_same_data,
+    find_dataset,
+    image_dropout,
+)
 from dblocks_jax.data import eval_batches
 from dblocks_jax.datasets import Source
 from dblocks_jax.devices import DATA, gather, make_mesh, shard
@@ -34,8 +41,16 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     with arithmetic(trained.config):
         size = trained.config.eval_batch_size
         found = metrics(*answers(trained.classify, trained.params, test, batch_size=size, mesh=mesh), test.labels)
-    return {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found} | {
-        "sampler": {field: trained.config[field] for field in SAMPLER_FIELDS if trained.config.model_type == "dblock"}
+    result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
+    return result | how_scored(trained.config)
+
+
+def how_scored(config: ConfigDict) -> dict[str, Any]:
+    """On what, and with which of the fields that evaluation may choose."""
+    return {
+        "data_dir": config.data_dir,
+        "arithmetic": {field: config[field] for field in ARITHMETIC_FIELDS},
+        "sampler": {field: config[field] for field in SAMPLER_FIELDS if config.model_type == "dblock"},
     }
 
 

@@ -38,7 +38,7 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     """
     # One program for all platforms: nothing may wait on the host.
     overrides = overrides | {"idle_blocks": "device"}
-    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     folder, temporary, old = (workdir / name for name in (FOLDER, f".{FOLDER}", f".{FOLDER}_before"))
     # All of it on a CPU: a GPU rounds products to TF32, and so two programs of one model may differ there by more than
     # TOLERANCE. The weights lie on no device in particular, else the program would ask for as many as they were on.
@@ -49,7 +49,9 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
         temporary.mkdir()
         write_weights(trained, temporary)
         (temporary / PROGRAM).write_bytes(to_program(trained))
-        (temporary / CARD).write_text(model_card(trained, accuracy(workdir, trained)), encoding="utf-8")
+        (temporary / CARD).write_text(
+            model_card(trained, accuracy(workdir, trained), run.get("imported")), encoding="utf-8"
+        )
         difference = largest_difference(trained, temporary)
         if folder.exists():
             folder.rename(old)  # whoever looks meanwhile sees no half-deleted one
@@ -119,15 +121,19 @@ def accuracy(workdir: Path, trained: Trained) -> float | None:
     of_run = read_saved(workdir, CONFIG) or {}
     for name in ("train.json", "eval.json"):
         result = read_saved(workdir, name) or {}
-        used = of_run | result.get("sampler", {})
+        used = of_run | result.get("arithmetic", {}) | result.get("sampler", {})
         is_alike = all(used.get(field, trained.config[field]) == trained.config[field] for field in fields)
+        is_alike = is_alike and result.get("data_dir", of_run.get("data_dir")) == of_run.get("data_dir")
         if result.get("checkpoint") == trained.step and "top1" in result and is_alike:
             return result["top1"]
     return None
 
 
-def model_card(trained: Trained, top1: float | None) -> str:
-    """The page that a model hub shows: facts for its search, then what the model is and how to use it."""
+def model_card(trained: Trained, top1: float | None, imported: str | None = None) -> str:
+    """The page that a model hub shows: facts for its search, then what the model is and how to use it.
+
+    `imported` names the file that the weights came from, if they were not trained here.
+    """
     config = trained.config
     is_dblock = config.model_type == "dblock"
     trained_on = "images of one's own" if config.dataset == "folder" else config.dataset
@@ -151,6 +157,7 @@ def model_card(trained: Trained, top1: float | None) -> str:
         "card": trained.card,
         "config": config,
         "step": trained.step,
+        "imported": imported,
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
         "noise_ranges": noise_ranges(config),
         "program": PROGRAM,

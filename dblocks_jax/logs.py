@@ -7,6 +7,7 @@ until it works again; what TensorBoard misses meanwhile is in there.
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Logs:
         self._folder = workdir / TENSORBOARD
         self._start = start
         self._events: Any = None
-        self._failed = ""
+        self._failed = self._lost_wandb = ""
         self._wandb: Any = _start_wandb(workdir, config) if wandb and is_first() else None
 
     def add(self, line: dict[str, Any]) -> None:
@@ -49,8 +50,18 @@ class Logs:
             if not self._failed:
                 self._failed = error.strerror or brief(error)
                 logging.error("cannot write %s (%s); %s has what is missing there", self._folder, self._failed, METRICS)
-        if self._wandb is not None:
-            self._wandb.log(values | {"step": line["step"]})
+        self._ask_wandb(lambda run: run.log(values | {"step": line["step"]}))
+
+    def _ask_wandb(self, what: Callable[[Any], None]) -> None:
+        """Its service is a process of its own, which may have died: then this run goes on without it."""
+        if self._wandb is None:
+            return
+        try:
+            what(self._wandb)
+        except Exception as error:  # of many types, and none of them worth a training run
+            self._wandb = None
+            self._lost_wandb = brief(error)
+            logging.error("Weights & Biases fails (%s); %s has what is missing there", self._lost_wandb, METRICS)
 
     def _write_events(self, step: int, values: dict[str, float]) -> None:
         # What is below SummaryWriter, which writes in a thread: when that fails, it waits for ever.
@@ -81,7 +92,8 @@ class Logs:
 
     def unsaved(self) -> list[str]:
         """What could not be written, in words."""
-        unsaved = [f"{TENSORBOARD}: {self._failed}"] if self._failed else []
+        failed = {TENSORBOARD: self._failed, "Weights & Biases": self._lost_wandb}
+        unsaved = [f"{where}: {why}" for where, why in failed.items() if why]
         try:
             self._journal.flush()
         except OSError as error:
@@ -95,8 +107,7 @@ class Logs:
                 self._events.close()
             except OSError as error:
                 self._failed = self._failed or brief(error)
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._ask_wandb(lambda run: run.finish())
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
@@ -127,9 +138,9 @@ def _start_wandb(workdir: Path, config: dict[str, Any]) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]
 
     path = workdir / WANDB_ID
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
     try:
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dblocks_jax"),
             id=path.read_text(),
@@ -139,7 +150,7 @@ def _start_wandb(workdir: Path, config: dict[str, Any]) -> Any:
             resume="allow",
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except Exception as error:  # of the network, of the service, of a missing login
+    except Exception as error:  # of the disk, of the network, of the service, of a missing login
         raise UserError(
             f"Weights & Biases cannot start ({brief(error)}): `wandb login`, or set WANDB_MODE=offline"
         ) from error

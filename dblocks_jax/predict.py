@@ -11,6 +11,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dblocks_jax.build import sampler_plan
 from dblocks_jax.config import arithmetic
@@ -40,7 +41,7 @@ def predict(
         describe(str(path), probabilities[:, i], trained.card.class_names, steps) for i, path in enumerate(paths)
     ]
     write_json(workdir / PREDICTIONS, records)
-    _print(records)
+    print_table(records)
     return {
         "mode": "predict",
         "workdir": str(workdir),
@@ -59,7 +60,7 @@ def find_images(names: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, names):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(file for file in path.rglob("*") if _is_image(file, path))
             if not inside:
                 raise UserError(f"{path} holds no image: none below it ends in {', '.join(IMAGE_SUFFIXES)}")
             found += inside
@@ -70,6 +71,11 @@ def find_images(names: Sequence[str]) -> list[Path]:
     if not found:
         raise UserError("--mode=predict needs --images: files or folders")
     return found
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not is_hidden
 
 
 def classify_files(trained: Trained, paths: Sequence[Path]) -> Float[np.ndarray, "n images classes"]:
@@ -115,12 +121,18 @@ def describe(
     return {"image": path, "top5": top, "by_step": by_step}
 
 
-def _print(records: list[dict[str, Any]]) -> None:
+def _as_is(name: str) -> Text:
+    """A name, of which rich shall read nothing as its own language; bytes that are no text become question marks."""
+    return Text(name.encode("utf-8", "replace").decode())
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """What `describe` says of each image, a line each."""
     table = Table("image", "answer", "probability", "step by step", box=None)
     for record in records[:MOST_ROWS]:
         steps = " > ".join(f"{step['probability_of_answer']:.1%}" for step in record["by_step"])
         answer = record["top5"][0]
-        table.add_row(record["image"], answer["label"], f"{answer['probability']:.1%}", steps)
+        table.add_row(_as_is(record["image"]), _as_is(answer["label"]), f"{answer['probability']:.1%}", steps)
     console = Console()
     console.print(table)
     if len(records) > MOST_ROWS:

@@ -53,7 +53,8 @@ def train(
 
     Raises:
       UserError: config, data or workdir do not fit. Nothing has been compiled or written then, except that a checkpoint
-        which cannot be read is found when the start is on record already, and an image may become unreadable later:
+        which cannot be read, or was imported, and a W&B that does not start are found when the start is on record
+        already, and an image may become unreadable later:
         then the state has been saved.
       Stopped: `stop` was asked for; the state has been saved.
       Diverged: too many steps in a row had numbers that are not finite.

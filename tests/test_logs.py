@@ -80,6 +80,25 @@ def test_a_log_that_cannot_be_written_is_named_and_begun_anew(tmp_path, caplog):
     assert [line["step"] for line in logged(tmp_path)] == [10, 20, 30]
 
 
+def test_a_run_outlives_weights_and_biases(tmp_path, caplog, monkeypatch):
+    """Its service is a process that signals reach too. What is logged elsewhere goes on, and the loss is named."""
+
+    class Dying:
+        def log(self, values):
+            if values["step"] > 10:
+                raise ConnectionResetError("gone")
+
+    monkeypatch.setattr("dblocks_jax.logs._start_wandb", lambda workdir, config: Dying())
+    logs = Logs(tmp_path, start=0, wandb=True, config={})
+    for step in (10, 20, 30):
+        logs.add(LINE | {"step": step})
+    logs.close()
+    assert [line["step"] for line in logged(tmp_path)] == [10, 20, 30]
+    assert sum("Weights & Biases fails" in record.message for record in caplog.records) == 1
+    [unsaved] = logs.unsaved()
+    assert unsaved.startswith("Weights & Biases: ") and "gone" in unsaved
+
+
 def test_weights_and_biases_is_asked_for_by_name_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="uv sync --extra wandb"):

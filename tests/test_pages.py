@@ -41,12 +41,17 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         self.pictures += tag == "svg"
+        self.look_at(attrs)
+
+    def look_at(self, attrs):
         for name, value in attrs:
+            if "url(" in (value or ""):
+                assert "url(#" in value, value
             if name in ("src", "href", "xlink:href", "data") and not (value or "").startswith(("#", "data:image/png")):
                 self.loaded.append(value)
 
     def handle_startendtag(self, tag, attrs):
-        pass
+        self.look_at(attrs)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -146,7 +151,14 @@ def finished(folder: Path, top1: float, **config) -> Path:
     folder.mkdir()
     settings = dblock_digits.get_config().to_dict() | config
     (folder / "config.json").write_text(json.dumps(settings))
-    result = {"top1": top1, "macro_f1": top1 / 2, "cross_entropy": 1 - top1, "step": 10}
+    result = {
+        "mode": "train",
+        "top1": top1,
+        "macro_f1": top1 / 2,
+        "cross_entropy": 1 - top1,
+        "step": 10,
+        "checkpoint": 10,
+    }
     (folder / "train.json").write_text(json.dumps(result))
     lines = [{"step": step, "blocks": {"0": {"ce": 1 / step}, "1": {"ce": 3 / step}}} for step in (1, 2, 4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -159,7 +171,7 @@ def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
         finished(tmp_path / "b", 0.75, seed=1, num_blocks=3, postfix="_b"),
         finished(tmp_path / "c", 0.7, seed=2, num_blocks=2, idle_blocks="host"),
     ]
-    (runs[1] / "report.json").write_text(json.dumps({"accuracy_by_num_steps": {"1": 0.5, "3": 0.75}}))
+    (runs[1] / "report.json").write_text(json.dumps({"checkpoint": 10, "accuracy_by_num_steps": {"1": 0.5, "3": 0.75}}))
     best, other = compare([*runs, runs[0]], tmp_path / "out")["groups"]  # named twice, counted once
     assert (best["fields"], best["seeds"], best["accuracy"]) == ({"num_blocks": 3}, [1], "75.0 %")
     assert (other["fields"], other["seeds"]) == ({"num_blocks": 2}, [1, 2])
@@ -171,6 +183,14 @@ def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
     assert all(text in printed and text in page.text for text in ("75.0 %", "60.0 ± 14.1 %", "0.400"))
 
 
+def test_runs_of_other_images_are_another_setting(tmp_path):
+    """And a run without a log, as a merged one is, can be compared."""
+    runs = [finished(tmp_path / name, 0.5, dataset="folder", data_dir=name, num_epochs=1) for name in ("cats", "dogs")]
+    (runs[0] / "metrics.jsonl").unlink()
+    groups = compare(runs, tmp_path / "out")["groups"]
+    assert [group["fields"] for group in groups] == [{"data_dir": "cats"}, {"data_dir": "dogs"}]
+
+
 def test_what_cannot_be_compared_is_named(tmp_path):
     with pytest.raises(UserError, match="none holds no run"):
         compare([tmp_path / "none"], tmp_path)
@@ -178,6 +198,13 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     (run / "train.json").unlink()
     with pytest.raises(UserError, match="a is not finished: it has no train"):
         compare([run], tmp_path)
+    (run / "eval.json").write_text(json.dumps({"mode": "eval", "top1": 0.1, "sampler": {"num_inference_steps": 1}}))
+    with pytest.raises(UserError, match="a was scored with another sampler"):
+        compare([run], tmp_path)
+    longer = finished(tmp_path / "b", 0.5)
+    (longer / "data.json").write_text(json.dumps({"images": 1437, "class_names": []}))
+    with pytest.raises(UserError, match="b is not finished: its result is of step 10 of 3300"):
+        compare([longer], tmp_path)
 
 
 def test_curves_leave_out_what_is_missing():

@@ -12,7 +12,7 @@ from dblocks_jax.config import find_dataset
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import evaluate_run
 from dblocks_jax.load import load_classifier
-from dblocks_jax.predict import describe, find_images, predict
+from dblocks_jax.predict import describe, find_images, predict, print_table
 from dblocks_jax.train import train
 
 TINY = {
@@ -117,12 +117,21 @@ def test_what_is_no_image_is_named(run, tmp_path):
 
 
 def test_images_are_found_in_the_order_of_their_paths(tmp_path):
-    for name in ("b/2.png", "b/1.jpg", "a.JPEG", "notes.txt"):
+    for name in ("b/2.png", "b/1.jpg", "a.JPEG", "notes.txt", "__MACOSX/._1.jpg", "b/.hidden.png"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    (tmp_path / "folder.png").mkdir()
     found = find_images([str(tmp_path), str(tmp_path / "notes.txt")])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.JPEG", "b/1.jpg", "b/2.png", "notes.txt"]
+
+
+def test_names_are_printed_as_they_are(capsys):
+    """Neither brackets nor bytes that are no text take part in the table's own language."""
+    record = describe("set[/test]/caf\udce9[a].png", np.eye(2)[:1], ("[red]", "b"), [{}])
+    print_table([record])
+    printed = capsys.readouterr().out
+    assert "set[/test]/caf?[a].png" in printed and "[red]" in printed
 
 
 def test_evaluation_and_the_loaded_classifier_agree_about_the_checkpoint(run):

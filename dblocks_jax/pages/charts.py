@@ -106,6 +106,8 @@ def over_steps(
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """A running mean over a twentieth of the points."""
+    if not len(y):  # a run that was imported or merged has no log
+        return y
     width = max(1, len(y) // 20)
     kernel = np.ones(width)
     good = np.isfinite(y)

@@ -9,20 +9,22 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dblocks_jax.config import FREE_TO_CHANGE
+from dblocks_jax.config import FREE_TO_CHANGE, count_steps
 from dblocks_jax.errors import UserError
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import render
-from dblocks_jax.workdir import CONFIG, logged, read_saved
+from dblocks_jax.workdir import CONFIG, DATA, logged, read_saved
 
 PAGE = "compare.html"
-RESULT, REPORT = "train.json", "report.json"
+RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
 LONGEST_NAME = 24
 # Which say nothing about the method: runs that differ in these belong together.
-NOT_COMPARED = ("seed", *FREE_TO_CHANGE)
+NOT_COMPARED = {"seed", *FREE_TO_CHANGE} - {"save_top_k"}  # it decides which checkpoint is scored
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,49 @@ def read(workdir: Path) -> Run:
     config = read_saved(workdir, CONFIG)
     if config is None:
         raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
-    result = read_saved(workdir, RESULT) or read_saved(workdir, "eval.json")
+    result = read_saved(workdir, RESULT) or read_saved(workdir, EVAL)
     if result is None or "top1" not in result:
         raise UserError(f"{workdir} is not finished: it has no {RESULT} with an accuracy. Run its command again")
+    if not _is_sampled_as(config, result):
+        raise UserError(
+            f"{workdir} was scored with another sampler than its config says: repeat --mode=eval without it"
+        )
+    if result["mode"] == "train":
+        images = (read_saved(workdir, DATA) or {}).get("images")
+        if images is not None and result["step"] < (steps := count_steps(ConfigDict(config), images).steps):
+            raise UserError(f"{workdir} is not finished: its result is of step {result['step']} of {steps}")
     report = read_saved(workdir, REPORT) or {}
+    if report.get("checkpoint") != result["checkpoint"] or not _is_sampled_as(config, report, "num_inference_steps"):
+        report = {}
     by_num_steps = {int(count): accuracy for count, accuracy in report.get("accuracy_by_num_steps", {}).items()}
     return Run(workdir, config, result, by_num_steps)
 
 
+def _is_sampled_as(config: dict[str, Any], result: dict[str, Any], *but: str) -> bool:
+    """Whether a result was made with the config's sampler, `but` for some fields."""
+    return all(config.get(field, value) == value or field in but for field, value in result.get("sampler", {}).items())
+
+
 def group(runs: Sequence[Run]) -> list[Group]:
     """The runs by setting, the most accurate first."""
-    fields = {field for run in runs for field in run.config if field not in NOT_COMPARED}
-    differing = sorted(field for field in fields if len({json.dumps(run.config.get(field)) for run in runs}) > 1)
+    settings = [_setting(run) for run in runs]
+    fields = {field for setting in settings for field in setting}
+    differing = sorted(field for field in fields if len({json.dumps(each.get(field)) for each in settings}) > 1)
     groups: dict[str, Group] = {}
-    for run in runs:
-        mine = {field: run.config.get(field) for field in differing}
+    for run, setting in zip(runs, settings, strict=True):
+        mine = {field: setting.get(field) for field in differing}
         groups.setdefault(json.dumps(mine), Group(mine, [])).runs.append(run)
     return sorted(groups.values(), key=lambda each: -each.mean_and_deviation("top1")[0])
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """The fields by which runs are told apart. Of a data set of one's own the folder says which it is."""
+    is_named = run.config["dataset"] != "folder"
+    return {
+        field: value
+        for field, value in run.config.items()
+        if field not in NOT_COMPARED or (field == "data_dir" and not is_named)
+    }
 
 
 def _row(each: Group) -> dict[str, Any]:
@@ -158,5 +186,5 @@ def _print(groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
     table = Table("", "accuracy", "runs", "macro F1", "cross-entropy", "setting", box=None)
     for i, (each, row) in enumerate(zip(groups, rows, strict=True), 1):
         numbers = (f"{row['macro_f1_mean']:.3f}", f"{row['cross_entropy_mean']:.3f}")
-        table.add_row(str(i), row["accuracy"], str(len(each.runs)), *numbers, each.name)
+        table.add_row(str(i), row["accuracy"], str(len(each.runs)), *numbers, Text(each.name))
     Console().print(table)

@@ -22,7 +22,7 @@ from dblocks_jax.datasets import Source, Subset
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.diffusion.noise import block_edges
 from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import answers, find_test_split, metrics
+from dblocks_jax.evaluate import answers, find_test_split, how_scored, metrics
 from dblocks_jax.load import Trained, load_run
 from dblocks_jax.memory import step_memory, variant
 from dblocks_jax.overview import noise_ranges, num_parameters
@@ -92,6 +92,7 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "split": "test",
         **found,
         "accuracy_by_num_steps": by_count,
+        **how_scored(config),
     }
 
 
