@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.dropout = 0.1  # on hidden states and on attention probabilities
     config.pool = "cls"  # "cls": the first token; "mean": the mean of the patch tokens
 
+    config.hand_on_tokens = False  # a block starts from the image tokens of the one before, instead of the image
+
     # The diffusion.
     config.num_blocks = 3  # must divide num_layers; training takes this many times num_epochs
     config.gamma = 0.05  # overlap of neighbouring blocks' noise ranges, as a share of each, in ln sigma; at most 0.5

@@ -13,13 +13,19 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.augment import normalize
-from dblocks_jax.config import image_dropout, noise_distribution, num_inference_steps, rest_on_host
+from dblocks_jax.config import hands_on, image_dropout, noise_distribution, num_inference_steps, rest_on_host
 from dblocks_jax.datasets import Card
 from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.devices import to_device
 from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
 from dblocks_jax.diffusion.sampler import initial_z, sample
-from dblocks_jax.models.dblock_vit import DBlockViT, IsolatedDBlockViT, make_dblock_vit, make_isolated_dblock_vit
+from dblocks_jax.models.dblock_vit import (
+    DBlockViT,
+    IsolatedDBlockViT,
+    hand_on,
+    make_dblock_vit,
+    make_isolated_dblock_vit,
+)
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.objective import BlockLoss, plain_loss
 from dblocks_jax.optimizer import Params
@@ -62,6 +68,16 @@ class Blueprint:
         if "model" in self.parts:
             return ("model",)
         return ("shared" if "shared" in self.parts else f"shared_{block}", f"block_{block}")
+
+    def earlier(self, block: int) -> tuple[tuple[str, ...], ...]:
+        """The parts of blocks 0, 1, ... up to the last but one, without those that train with `block`.
+
+        Where a block does not come before `block`, the last one stands in for it: the shapes count, and what `block`
+        trains is donated.
+        """
+        last = sum(name.startswith("block_") for name in self.parts) - 1
+        before = [self.names(b if b < block else last) for b in range(last)]
+        return tuple(tuple(name for name in names if name != "shared") for names in before)
 
     def model(self, params: dict[str, Params]) -> Model:
         """Put a model together again."""
@@ -139,6 +155,7 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
 
         return classify_plain
 
+    is_handed = hands_on(config)
     plan_of_config = sampler_plan(config)
     sigma_max = plan_of_config[0][0]  # where every plan begins
     shared_graphdef = blueprint.parts[blueprint.names(0)[0]]
@@ -151,23 +168,45 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
 
     @jax.jit
     def step(shared, block, images, z, sigma, sigma_next, labels_next):
-        return denoise_step(
-            nnx.merge(shared_graphdef, shared), nnx.merge(blueprint.parts["block_0"], block),
-            images, z, sigma, sigma_next,
+        shared, block = nnx.merge(shared_graphdef, shared), nnx.merge(blueprint.parts["block_0"], block)
+        logits, z = denoise_step(
+            shared, block, images, z, sigma, sigma_next,
             sigma_data=config.sigma_data, cfg_scale=config.cfg_scale, table=config.label_table, labels_next=labels_next,
         )  # fmt: skip
+        return logits, z, hand_on(shared, block, images) if is_handed else None
+
+    @jax.jit
+    def embed(shared, images):
+        return nnx.merge(shared_graphdef, shared).embed_patches(images, None)
+
+    @jax.jit
+    def skip(shared, block, tokens):
+        return hand_on(nnx.merge(shared_graphdef, shared), nnx.merge(blueprint.parts["block_0"], block), tokens)
 
     def classify(params, images, positions, plan=plan_of_config):
         sigmas, blocks = plan
         images, z = start(images, positions)
+        handed: dict[int, Array] = {}  # the image's tokens as each block gets them
+
+        def image_for(block: int) -> Array:
+            if not is_handed:
+                return images
+            if block not in handed:
+                parts = [to_device(params[name]) for name in blueprint.names(max(0, block - 1))]
+                handed[block] = embed(parts[0], images) if block == 0 else skip(*parts, image_for(block - 1))
+            return handed[block]
 
         def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):
             if rest_on_host(config):
                 jax.block_until_ready(z)  # else blocks would pile up on the device
-            shared, block = (to_device(params[name]) for name in blueprint.names(blocks[index]))
+            number = blocks[index]
+            shared, block = (to_device(params[name]) for name in blueprint.names(number))
             name_next = blueprint.names([*blocks, blocks[-1]][index + 1])[0]
             labels_next = None if name_next == "shared" else to_device(params[name_next]["labels"])
-            return step(shared, block, images, z, sigma, sigma_next, labels_next)
+            logits, z, tokens = step(shared, block, image_for(number), z, sigma, sigma_next, labels_next)
+            if is_handed:
+                handed[number + 1] = tokens
+            return logits, z
 
         return sample(visit, z, sigmas, range(len(sigmas)))[0]
 

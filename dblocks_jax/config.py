@@ -153,6 +153,10 @@ def _check_blocks(config: ConfigDict) -> None:
         set(chosen)
     ):
         raise UserError(f"train_blocks must be ascending numbers below num_blocks={config.num_blocks}, not {chosen}")
+    if config.hand_on_tokens and (chosen or config.block_parallel):
+        raise UserError("hand_on_tokens needs the blocks before: train_blocks and block_parallel train blocks apart")
+    if config.hand_on_tokens and config.cfg_scale > 0:
+        raise UserError("hand_on_tokens knows no guidance: set cfg_scale=0")
     if chosen and config.sharing != "isolated":
         raise UserError("train_blocks needs sharing=isolated: blocks that share parameters cannot be trained apart")
     if chosen and config.block_parallel:
@@ -220,9 +224,15 @@ def architecture(config: ConfigDict, card: Card) -> Architecture:
         intermediate_size=config.intermediate_size,
         dropout_rate=config.dropout,
         pool=config.pool,
+        hand_on_tokens=hands_on(config),
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=config.dtype,
     )
+
+
+def hands_on(config: ConfigDict) -> bool:
+    """Whether a block starts from the image tokens of the block before it."""
+    return config.model_type == "dblock" and config.hand_on_tokens
 
 
 def image_dropout(config: ConfigDict) -> float:

@@ -1,6 +1,7 @@
 """What a training step minimises: cross-entropy for the plain model, the denoising loss for one block."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from dblocks_jax.denoiser import denoise
 from dblocks_jax.diffusion.loss import Weighting, cross_entropy, weighted_loss
 from dblocks_jax.diffusion.noise import SigmaRange, sample_sigma
 from dblocks_jax.diffusion.precondition import loss_weight
-from dblocks_jax.models.dblock_vit import Block, Shared
+from dblocks_jax.models.dblock_vit import Block, Image, Shared, hand_on
 from dblocks_jax.optimizer import Params
 
 Metrics = dict[str, Float[Array, ""]]
@@ -19,7 +20,7 @@ WORST_SIGMA = "worst_sigma"  # metric: the noise level of the sample with the la
 
 
 def plain_loss(
-    params: tuple[Params], images: Array, labels: Array, key: Key[Array, ""] | None, _: None, *, graphdef: nnx.GraphDef
+    params: tuple[Params], images: Array, labels: Array, key: Key[Array, ""] | None, *_, graphdef: nnx.GraphDef
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean cross-entropy of the plain model."""
     logits = nnx.merge(graphdef, params[0])(images, key)
@@ -30,7 +31,7 @@ def plain_loss(
 def denoising_loss(
     shared: Shared,
     block: Block,
-    images: Float[Array, "b h w c"],
+    images: Image,
     labels: Int[Array, " b"],
     sigma: Float[Array, " b"],
     eps: Float[Array, "b d"],
@@ -53,6 +54,11 @@ def worst(losses: Float[Array, " n"]) -> Int[Array, ""]:
     return jnp.argmax(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
 
 
+# The parameters of blocks 0, 1, ... for `hand_on`: (shared, block) of each, or (block,) where shared is common to all.
+# Of those that do not come before the block in training only the shapes matter.
+Earlier = tuple[tuple[Params, ...], ...]
+
+
 @dataclass(frozen=True)
 class BlockLoss:
     """The loss of one training step of one block: draws the noise, drops images for guidance, and denoises."""
@@ -67,7 +73,14 @@ class BlockLoss:
     image_dropout: float  # probability of an all-zero image (classifier-free guidance)
 
     def __call__(
-        self, params: tuple[Params, Params], images: Array, labels: Array, key: Key[Array, ""], within: SigmaRange
+        self,
+        params: tuple[Params, Params],
+        images: Array,
+        labels: Array,
+        key: Key[Array, ""],
+        within: SigmaRange,
+        number: Int[Array, ""] | int = 0,
+        earlier: Earlier = (),
     ) -> tuple[Float[Array, ""], Metrics]:
         key_sigma, key_eps, key_image, key_dropout = jax.random.split(key, 4)
         count = labels.shape[0]
@@ -77,7 +90,22 @@ class BlockLoss:
             keep = jax.random.bernoulli(key_image, 1 - self.image_dropout, (count, 1, 1, 1))
             images = jnp.where(keep, images, 0.0)
         shared, block = nnx.merge(self.shared, params[0]), nnx.merge(self.block, params[1])
+        if shared.hand_on_tokens:
+            key_dropout, key_patches = jax.random.split(key_dropout)
+            before = jax.lax.stop_gradient(self._handed_on(params[0], images, number, earlier))
+            images = jnp.where(number == 0, shared.embed_patches(images, key_patches), before)
         return denoising_loss(
             shared, block, images, labels, sigma, eps,
             sigma_data=self.sigma_data, weighting=self.weighting, key=key_dropout,
         )  # fmt: skip
+
+    def _handed_on(
+        self, shared_params: Params, images: Float[Array, "b h w c"], number: Int[Array, ""] | int, earlier: Earlier
+    ) -> Float[Array, "b t d"]:
+        """The tokens that the blocks before block `number` make of the images."""
+        of_shared = [params[0] if len(params) == 2 else shared_params for params in earlier]
+        tokens = nnx.merge(self.shared, (*of_shared, shared_params)[0]).embed_patches(images, None)
+        for i, (shared, params) in enumerate(zip(of_shared, earlier, strict=True)):
+            advance = partial(hand_on, nnx.merge(self.shared, shared), nnx.merge(self.block, params[-1]))
+            tokens = jax.lax.cond(i < number, advance, lambda tokens: tokens, tokens)
+        return tokens

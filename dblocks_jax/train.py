@@ -23,6 +23,7 @@ from dblocks_jax.config import (
     count_steps,
     curriculum,
     find_dataset,
+    hands_on,
     rest_on_host,
     schedule,
     trained_blocks,
@@ -152,7 +153,10 @@ def _train(
     if config.block_parallel:
         model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
     else:
-        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
+        model = OneAtATime(
+            train_step, parts, blueprint.names, idle_on_host=rest_on_host(config),
+            earlier=blueprint.earlier if hands_on(config) else lambda _: (),
+        )  # fmt: skip
     del params, parts  # the model has them now
     feed = make_feed(
         train_source,

@@ -24,6 +24,7 @@ class Shared(nnx.Module):
 
     def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
         self.pool = arch.pool
+        self.hand_on_tokens = arch.hand_on_tokens
         self.dropout_rate = arch.dropout_rate
         self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
@@ -46,16 +47,30 @@ class Shared(nnx.Module):
         tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
         return dropout(tokens, self.dropout_rate, key)
 
+    def embed_patches(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
+        """Patches + positions, without the label token: what the first block starts from where tokens are handed on."""
+        patches = self.patches(images)
+        tokens = patches + jnp.broadcast_to(self.positions[:, 1:], patches.shape).astype(patches.dtype)
+        return dropout(tokens, self.dropout_rate, key)
+
+    def steady(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b k"]:
+        """What tokens that are handed on are conditioned on, whatever the noise: sigma = 1."""
+        return self.noise(jnp.zeros(tokens.shape[:1]))
+
     def classify(self, denoised: Float[Array, "b d"], cond: Float[Array, "b k"]) -> Float[Array, "b classes"]:
         """Logits of a denoised estimate: modulate by the noise level, then linear."""
         shift, scale = self.modulation(cond)
         return self.head(modulate(denoised, shift, scale))
 
 
+# An image; or, with `hand_on_tokens`, the tokens that the blocks before have made of it.
+Image = Float[Array, "b h w c"] | Float[Array, "b t d"]
+
+
 def run_block(
     shared: Shared,
     block: Block,
-    images: Float[Array, "b h w c"],
+    images: Image,
     z_in: Float[Array, "b d"],
     c_noise: Float[Array, " b"],
     key: Key[Array, ""] | None = None,
@@ -63,8 +78,19 @@ def run_block(
     """The raw network F: (pooled features, conditioning vector). A key switches dropout on."""
     key_embedding, key_block = split_key(key, 2)
     cond = shared.noise(c_noise)
+    if shared.hand_on_tokens:
+        label = (z_in[:, None] + shared.positions[:, :1]).astype(images.dtype)
+        label, patches = block.apart(label, images, cond, shared.steady(images), key_block)
+        if shared.pool == "cls":
+            return shared.norm(label)[:, 0], cond
+        return jnp.mean(shared.norm(patches), axis=1), cond
     tokens = block(shared.embed(images, z_in, key_embedding), cond, key_block)
     return pool_tokens(shared.norm(tokens), shared.pool), cond
+
+
+def hand_on(shared: Shared, block: Block, tokens: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The image tokens that the next block starts from."""
+    return block(tokens, shared.steady(tokens), None)
 
 
 @dataclass

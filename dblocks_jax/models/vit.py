@@ -25,6 +25,7 @@ class Architecture:
     intermediate_size: int
     dropout_rate: float
     pool: Literal["cls", "mean"]
+    hand_on_tokens: bool = False  # whether a block starts from the image tokens of the block before it
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the transformer's computation; parameters are float32
 
@@ -47,7 +48,8 @@ def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: 
         )
         for _ in range(num_layers)
     ]
-    return Block(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
+    first_only = arch.pool == "cls" and not arch.hand_on_tokens
+    return Block(layers, first_only=first_only, remat=arch.gradient_checkpointing)
 
 
 def pool_tokens(tokens: Float[Array, "b t d"], pool: str) -> Float[Array, "b d"]:
