@@ -32,11 +32,17 @@ def get_config() -> ConfigDict:
     config.sigma_data = 0.5  # standard deviation of the targets, as preconditioning takes it
     config.p_mean = -1.2  # of ln sigma in training
     config.p_std = 1.2  # of ln sigma in training
-    config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none"
+    config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none", "bounded"
+    config.partition = "equi_probability"  # of the noise among blocks: or uniform, log_uniform, equi_information
+    config.label_embeddings = "learned"  # or "fixed"
+    config.z_dropout = 0.0  # share of noisy labels replaced by zeros in training
+    config.label_smoothing = 0.0  # share of the target that is spread over all classes
 
     # The sampler.
     config.num_inference_steps = 0  # denoising steps; 0 means num_blocks
-    config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7
+    config.num_eval_samples = 1  # starts whose probabilities are averaged
+    config.sampler = "euler"  # or heun, dpmpp_2m, ancestral
+    config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7; "blocks": equally many a block
     config.label_table = "raw"  # embeddings that make the estimate: "raw" (released code) or "normalized" (paper)
     config.init_noise_scale = 1.0  # 1: start from noise, as in the paper; 0: start from its mean, deterministic
     config.cfg_scale = 0.0  # classifier-free guidance; 0 is off

@@ -13,11 +13,18 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.augment import normalize
-from dblocks_jax.config import hands_on, image_dropout, noise_distribution, num_inference_steps, rest_on_host
+from dblocks_jax.config import (
+    find_edges,
+    hands_on,
+    image_dropout,
+    noise_distribution,
+    num_inference_steps,
+    rest_on_host,
+)
 from dblocks_jax.datasets import Card
 from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.devices import to_device
-from dblocks_jax.diffusion.noise import block_edges, blocks_of_sigmas, inference_sigmas, training_ranges
+from dblocks_jax.diffusion.noise import blocks_of_sigmas, inference_sigmas, sigmas_by_block, training_ranges
 from dblocks_jax.diffusion.sampler import initial_z, sample
 from dblocks_jax.models.dblock_vit import (
     DBlockViT,
@@ -102,9 +109,9 @@ def new_model(config: ConfigDict, arch: Architecture) -> Model:
 def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, list[Any]]:
     """(loss of a training step, the noise range of each block; the plain model is one block without noise)."""
     if config.model_type == "vit":
-        return partial(plain_loss, graphdef=blueprint.parts["model"]), [None]
+        return partial(plain_loss, graphdef=blueprint.parts["model"], smoothing=config.label_smoothing), [None]
     noise = noise_distribution(config)
-    ranges = training_ranges(noise, block_edges(noise, config.num_blocks), config.gamma)
+    ranges = training_ranges(noise, find_edges(config), config.gamma, config.sigma_data)
     loss = BlockLoss(
         shared=blueprint.parts[blueprint.names(0)[0]],
         block=blueprint.parts["block_0"],
@@ -113,6 +120,8 @@ def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, li
         p_std=config.p_std,
         sigma_data=config.sigma_data,
         weighting=config.weighting,
+        z_dropout=config.z_dropout,
+        smoothing=config.label_smoothing,
         image_dropout=image_dropout(config),
     )
     return loss, list(ranges)
@@ -136,9 +145,11 @@ def make_step(config: ConfigDict, loss_fn: LossFn, card: Card, parallel: Paralle
 def sampler_plan(config: ConfigDict) -> tuple[Float[np.ndarray, " n"], list[int]]:
     """(noise levels, descending; the block that runs at each of them) of the sampler that a config describes."""
     noise = noise_distribution(config)
+    if config.sampler_spacing == "blocks":
+        return sigmas_by_block(find_edges(config), num_inference_steps(config))
     rho = KARRAS_RHO if config.sampler_spacing == "karras" else None
     sigmas = inference_sigmas(noise, num_inference_steps(config), rho=rho)
-    return sigmas, blocks_of_sigmas(block_edges(noise, config.num_blocks), sigmas)
+    return sigmas, blocks_of_sigmas(find_edges(config), sigmas)
 
 
 def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Classifier:
@@ -160,10 +171,15 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
     sigma_max = plan_of_config[0][0]  # where every plan begins
     shared_graphdef = blueprint.parts[blueprint.names(0)[0]]
 
+    @partial(jax.jit, static_argnums=(1, 2))
+    def unit_noise(positions, name, draw):
+        keys = jax.vmap(partial(stream, config.seed, name))(positions)
+        if draw:
+            keys = jax.vmap(partial(jax.random.fold_in, data=draw))(keys)
+        return jax.vmap(lambda key: jax.random.normal(key, (config.hidden_size,)))(keys)
+
     @jax.jit
-    def start(images, positions):
-        keys = jax.vmap(partial(stream, config.seed, "sampler"))(positions)
-        unit_noise = jax.vmap(lambda key: jax.random.normal(key, (config.hidden_size,)))(keys)
+    def start(images, unit_noise):
         return normalize(images, card.mean, card.std), initial_z(unit_noise, sigma_max, config.init_noise_scale)
 
     @jax.jit
@@ -184,8 +200,14 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
         return hand_on(nnx.merge(shared_graphdef, shared), nnx.merge(blueprint.parts["block_0"], block), tokens)
 
     def classify(params, images, positions, plan=plan_of_config):
+        draws = [classify_once(params, images, positions, plan, draw) for draw in range(config.num_eval_samples)]
+        if len(draws) == 1:
+            return draws[0]
+        return jax.nn.logsumexp(jax.nn.log_softmax(jnp.stack(draws)), axis=0) - jnp.log(len(draws))
+
+    def classify_once(params, images, positions, plan, draw):
         sigmas, blocks = plan
-        images, z = start(images, positions)
+        images, z = start(images, unit_noise(positions, "sampler", draw))
         handed: dict[int, Array] = {}  # the image's tokens as each block gets them
 
         def image_for(block: int) -> Array:
@@ -208,7 +230,12 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
                 handed[number + 1] = tokens
             return logits, z
 
-        return sample(visit, z, sigmas, range(len(sigmas)))[0]
+        fresh = partial(unit_noise, positions, "ancestral")
+
+        def noise(index: int):
+            return fresh(1 + index + draw * len(sigmas))
+
+        return sample(visit, z, sigmas, range(len(sigmas)), config.sampler, noise)[0]
 
     return classify
 

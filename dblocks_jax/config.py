@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.curriculum import BLOCK_SCHEDULES, Curriculum
@@ -22,8 +23,11 @@ from dblocks_jax.optimizer import learning_rate
 CHOICES = {
     "model_type": ("vit", "dblock"),
     "pool": ("cls", "mean"),
-    "weighting": ("batch_mean", "per_sample", "none"),
-    "sampler_spacing": ("cdf", "karras"),
+    "weighting": ("batch_mean", "per_sample", "none", "bounded"),
+    "partition": ("equi_probability", "uniform", "log_uniform", "equi_information"),
+    "label_embeddings": ("learned", "fixed"),
+    "sampler": ("euler", "heun", "dpmpp_2m", "ancestral"),
+    "sampler_spacing": ("cdf", "karras", "blocks"),
     "label_table": ("raw", "normalized"),
     "block_schedule": BLOCK_SCHEDULES,
     "idle_blocks": ("device", "host"),
@@ -36,13 +40,13 @@ POSITIVE = (
     "image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks",
     "sigma_min", "sigma_max", "sigma_data", "p_std", "num_epochs", "batch_size", "accumulate_grad_batches",
     "clip_norm", "chunk_steps", "steps_per_call", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
-    "max_bad_steps",
+    "max_bad_steps", "num_eval_samples",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
     "seed", "save_top_k", "max_steps",
 )  # fmt: skip
-BELOW_ONE = ("dropout", "class_dropout_prob")
+BELOW_ONE = ("dropout", "class_dropout_prob", "label_smoothing")
 # Beyond these a program would be built for hours, or not at all.
 LARGEST = {
     "image_size": 4096, "num_layers": 1000, "num_inference_steps": 1000, "steps_per_call": 10_000, "seed": 2**32 - 1,
@@ -58,7 +62,10 @@ FREE_TO_CHANGE = (
     "save_every_n_epochs", "save_top_k", "steps_per_call", "wandb",
 )  # fmt: skip
 # Fields that only the sampler reads: `--mode=eval` may change them too.
-SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
+SAMPLER_FIELDS = (
+    "num_inference_steps", "num_eval_samples", "sampler", "sampler_spacing", "label_table",
+    "init_noise_scale", "cfg_scale",
+)  # fmt: skip
 # Fields of arithmetic that evaluation may choose for itself.
 ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
 
@@ -81,6 +88,8 @@ def check_config(config: ConfigDict) -> None:
     for field in NOT_NEGATIVE:
         if config[field] < 0:
             raise UserError(f"{field} must not be negative, but is {config[field]}")
+    if not 0 <= config.z_dropout <= 1:
+        raise UserError(f"z_dropout must lie in [0, 1], not {config.z_dropout}")
     for field in BELOW_ONE:
         if not 0 <= config[field] < 1:
             raise UserError(f"{field} must lie in [0, 1), not {config[field]}")
@@ -133,7 +142,11 @@ def _check_diffusion(config: ConfigDict) -> None:
             raise UserError(f"{field} must lie in [{SMALLEST_SIGMA}, {LARGEST_SIGMA}], not {config[field]}")
     if config.sigma_min >= config.sigma_max:
         raise UserError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}")
-    edges = block_edges(noise_distribution(config), config.num_blocks)
+    if config.label_embeddings == "fixed" and config.label_table == "raw":
+        raise UserError("label_embeddings=fixed needs label_table=normalized: decay shrinks the table")
+    if config.sampler != "euler" and config.sharing == "isolated":
+        raise UserError(f"sampler={config.sampler} needs sharing=shared")
+    edges = find_edges(config)
     # Where float64 cannot tell a probability from 0 or 1, the outer edges are not where they should be.
     ends_differ = (abs(edges[0] / config.sigma_max - 1), abs(edges[-1] / config.sigma_min - 1))
     if not (max(ends_differ) < 1e-3 and all(high > low * (1 + 1e-6) > 0 for high, low in pairwise(edges))):
@@ -199,6 +212,11 @@ def noise_distribution(config: ConfigDict) -> NoiseDistribution:
     return NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
 
 
+def find_edges(config: ConfigDict, num_classes: int = 10) -> np.ndarray:
+    """The blocks' noise ranges: see `block_edges`."""
+    return block_edges(noise_distribution(config), config.num_blocks, config.partition, num_classes)
+
+
 def find_dataset(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """The data set of a config; see `load_dataset`."""
     return load_dataset(
@@ -224,6 +242,7 @@ def architecture(config: ConfigDict, card: Card) -> Architecture:
         intermediate_size=config.intermediate_size,
         dropout_rate=config.dropout,
         pool=config.pool,
+        fixed_labels=config.label_embeddings == "fixed",
         hand_on_tokens=hands_on(config),
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=config.dtype,

@@ -6,12 +6,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dblocks_jax.denoiser import denoise
 from dblocks_jax.diffusion.loss import Weighting, cross_entropy, weighted_loss
-from dblocks_jax.diffusion.noise import SigmaRange, sample_sigma
-from dblocks_jax.diffusion.precondition import loss_weight
+from dblocks_jax.diffusion.noise import Scalar, SigmaRange, sample_sigma
+from dblocks_jax.diffusion.precondition import bounded_weight, loss_weight
 from dblocks_jax.models.dblock_vit import Block, Image, Shared, hand_on
 from dblocks_jax.optimizer import Params
 
@@ -20,12 +20,21 @@ WORST_SIGMA = "worst_sigma"  # metric: the noise level of the sample with the la
 
 
 def plain_loss(
-    params: tuple[Params], images: Array, labels: Array, key: Key[Array, ""] | None, *_, graphdef: nnx.GraphDef
+    params: tuple[Params],
+    images: Array,
+    labels: Array,
+    key: Key[Array, ""] | None,
+    *_,
+    graphdef: nnx.GraphDef,
+    smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean cross-entropy of the plain model."""
     logits = nnx.merge(graphdef, params[0])(images, key)
     ce = jnp.mean(cross_entropy(logits, labels))
-    return ce, {"ce": ce, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+    return jnp.mean(cross_entropy(logits, labels, smoothing)), {
+        "ce": ce,
+        "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels),
+    }
 
 
 def denoising_loss(
@@ -39,12 +48,20 @@ def denoising_loss(
     sigma_data: float,
     weighting: Weighting,
     key: Key[Array, ""] | None = None,
+    keep_z: Bool[Array, " b"] | None = None,
+    mean_weight: Scalar | float = 1.0,
+    smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """One block's loss on z = y + sigma * eps, given the noise; gradient reaches the label embeddings through z."""
     z = shared.embed_labels(labels) + sigma[:, None] * eps
+    if keep_z is not None:
+        z = jnp.where(keep_z[:, None], z, 0.0)
     logits = denoise(shared, block, images, z, sigma, sigma_data=sigma_data, key=key)
     ce = cross_entropy(logits, labels)
-    loss = weighted_loss(ce, loss_weight(sigma, sigma_data), weighting)
+    weight = loss_weight(sigma, sigma_data)
+    if weighting == "bounded":
+        weight = bounded_weight(sigma, sigma_data) / mean_weight
+    loss = weighted_loss(cross_entropy(logits, labels, smoothing), weight, weighting)
     accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
     return loss, {"ce": jnp.mean(ce), "accuracy": accuracy, WORST_SIGMA: sigma[worst(ce)]}
 
@@ -70,6 +87,8 @@ class BlockLoss:
     p_std: float
     sigma_data: float
     weighting: Weighting
+    z_dropout: float  # probability of an all-zero z
+    smoothing: float
     image_dropout: float  # probability of an all-zero image (classifier-free guidance)
 
     def __call__(
@@ -89,6 +108,9 @@ class BlockLoss:
         if self.image_dropout > 0:
             keep = jax.random.bernoulli(key_image, 1 - self.image_dropout, (count, 1, 1, 1))
             images = jnp.where(keep, images, 0.0)
+        keep_z = None
+        if self.z_dropout > 0:
+            keep_z = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.z_dropout, (count,))
         shared, block = nnx.merge(self.shared, params[0]), nnx.merge(self.block, params[1])
         if shared.hand_on_tokens:
             key_dropout, key_patches = jax.random.split(key_dropout)
@@ -96,7 +118,8 @@ class BlockLoss:
             images = jnp.where(number == 0, shared.embed_patches(images, key_patches), before)
         return denoising_loss(
             shared, block, images, labels, sigma, eps,
-            sigma_data=self.sigma_data, weighting=self.weighting, key=key_dropout,
+            sigma_data=self.sigma_data, weighting=self.weighting, key=key_dropout, keep_z=keep_z,
+            mean_weight=within.mean_weight, smoothing=self.smoothing,
         )  # fmt: skip
 
     def _handed_on(

@@ -17,7 +17,7 @@ from dblocks_jax.objective import WORST_SIGMA, Earlier, Metrics, worst
 from dblocks_jax.optimizer import Params, Part, adamw
 from dblocks_jax.streams import stream
 
-# (params of each part, images, labels, key, noise range or None, block, parameters of earlier blocks) -> (loss, metrics)
+# (params of each part, images, labels, key, noise range or None, block, earlier blocks' parameters) -> (loss, metrics)
 LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 SKIPPED = "skipped"  # metric: 1 where a step changed nothing, for its loss or gradient was not finite
 Log = dict[str, Float[Array, "*blocks k"]]  # the metrics of k steps

@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -19,6 +20,13 @@ def normalize_rows(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return table / jnp.broadcast_to(norm, table.shape)
 
 
+def orthogonal_rows(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """Orthonormal rows that span the same space; with more rows than columns, unit rows."""
+    if table.shape[0] > table.shape[1]:
+        return normalize_rows(table)
+    return jnp.linalg.qr(table.T)[0].T
+
+
 class Shared(nnx.Module):
     """What every block uses: embeddings of patches, positions, labels and noise level, and the readout."""
 
@@ -28,7 +36,11 @@ class Shared(nnx.Module):
         self.dropout_rate = arch.dropout_rate
         self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
-        self.labels = nnx.Param(init_weights(rngs.params(), (arch.num_labels, arch.hidden_size)))
+        labels = init_weights(rngs.params(), (arch.num_labels, arch.hidden_size))
+        if arch.fixed_labels:
+            labels = orthogonal_rows(labels)
+        self.fixed_labels = arch.fixed_labels
+        self.labels = nnx.Param(labels)
         self.noise = NoiseEmbedding(arch.hidden_size, rngs=rngs)
         self.norm = LayerNorm(arch.hidden_size)
         self.modulation = Modulation(arch.hidden_size, 2, rngs=rngs)
@@ -36,7 +48,8 @@ class Shared(nnx.Module):
 
     def embed_labels(self, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
         """The clean target y: L2-normalised embeddings of the true labels."""
-        return normalize_rows(self.labels[...][labels])
+        table = jax.lax.stop_gradient(self.labels[...]) if self.fixed_labels else self.labels[...]
+        return normalize_rows(table[labels])
 
     def embed(
         self, images: Float[Array, "b h w c"], z_in: Float[Array, "b d"], key: Key[Array, ""] | None

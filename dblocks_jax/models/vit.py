@@ -25,6 +25,7 @@ class Architecture:
     intermediate_size: int
     dropout_rate: float
     pool: Literal["cls", "mean"]
+    fixed_labels: bool = False  # whether label embeddings are orthogonal and never trained
     hand_on_tokens: bool = False  # whether a block starts from the image tokens of the block before it
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the transformer's computation; parameters are float32
