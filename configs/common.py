@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     config.crop_padding = 4  # zero padding before the random crop, in pixels
     config.flip = True  # horizontal
     config.resized_crop = False  # random resized crop instead of padding and crop
+    config.mixing = "none"  # of images and labels: or mixup, cutmix
     config.add_rand_aug = False  # RandAugment: 2 operations of magnitude 9
 
     # Optimisation.
@@ -62,6 +63,7 @@ def get_config() -> ConfigDict:
     config.gradient_checkpointing = False  # keep only each layer's input for the backward pass
     config.lr = 1e-3  # of AdamW, at its highest
     config.weight_decay = 0.01  # of AdamW, on every parameter
+    config.ema_decay = 0.0  # evaluate an average of the parameters that forgets this slowly; 0 is off, 0.999 usual
     config.clip_norm = 1.0  # global norm of the gradients of what a step trains
     config.scheduler_type = "constant_with_warmup"  # or linear, cosine, cosine_with_min_lr
     config.scheduler_specific_kwargs = "{}"  # JSON, such as {"min_lr": 5e-5}

@@ -109,7 +109,9 @@ def new_model(config: ConfigDict, arch: Architecture) -> Model:
 def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, list[Any]]:
     """(loss of a training step, the noise range of each block; the plain model is one block without noise)."""
     if config.model_type == "vit":
-        return partial(plain_loss, graphdef=blueprint.parts["model"], smoothing=config.label_smoothing), [None]
+        return partial(
+            plain_loss, graphdef=blueprint.parts["model"], smoothing=config.label_smoothing, mixing=config.mixing
+        ), [None]
     noise = noise_distribution(config)
     ranges = training_ranges(noise, find_edges(config), config.gamma, config.sigma_data)
     loss = BlockLoss(
@@ -122,6 +124,7 @@ def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, li
         weighting=config.weighting,
         z_dropout=config.z_dropout,
         smoothing=config.label_smoothing,
+        mixing=config.mixing,
         image_dropout=image_dropout(config),
     )
     return loss, list(ranges)
@@ -138,6 +141,7 @@ def make_step(config: ConfigDict, loss_fn: LossFn, card: Card, parallel: Paralle
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate_grad_batches,
+        ema_decay=config.ema_decay,
         parallel=parallel,
     )
 

@@ -25,6 +25,7 @@ CHOICES = {
     "pool": ("cls", "mean"),
     "weighting": ("batch_mean", "per_sample", "none", "bounded"),
     "partition": ("equi_probability", "uniform", "log_uniform", "equi_information"),
+    "mixing": ("none", "mixup", "cutmix"),
     "label_embeddings": ("learned", "fixed"),
     "sampler": ("euler", "heun", "dpmpp_2m", "ancestral"),
     "sampler_spacing": ("cdf", "karras", "blocks"),
@@ -46,7 +47,7 @@ NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
     "seed", "save_top_k", "max_steps",
 )  # fmt: skip
-BELOW_ONE = ("dropout", "class_dropout_prob", "label_smoothing")
+BELOW_ONE = ("dropout", "class_dropout_prob", "label_smoothing", "ema_decay")
 # Beyond these a program would be built for hours, or not at all.
 LARGEST = {
     "image_size": 4096, "num_layers": 1000, "num_inference_steps": 1000, "steps_per_call": 10_000, "seed": 2**32 - 1,

@@ -125,7 +125,7 @@ def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], An
     def parts():
         blueprint, params = Blueprint.of(new_model(config, architecture(config, card)))
         blueprints.append(blueprint)
-        return {name: new_part(part) for name, part in params.items()}
+        return {name: new_part(part, averaged=config.ema_decay > 0) for name, part in params.items()}
 
     shapes = jax.eval_shape(parts)
     blueprint = blueprints[0]

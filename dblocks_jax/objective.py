@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from dblocks_jax.diffusion.precondition import bounded_weight, loss_weight
 from dblocks_jax.models.dblock_vit import Block, Image, Shared, hand_on
 from dblocks_jax.optimizer import Params
 
+Mixing = Literal["none", "mixup", "cutmix"]
 Metrics = dict[str, Float[Array, ""]]
 WORST_SIGMA = "worst_sigma"  # metric: the noise level of the sample with the largest cross-entropy, or one not finite
 
@@ -27,14 +29,47 @@ def plain_loss(
     *_,
     graphdef: nnx.GraphDef,
     smoothing: float = 0.0,
+    mixing: Mixing = "none",
 ) -> tuple[Float[Array, ""], Metrics]:
     """Mean cross-entropy of the plain model."""
+    assert mixing == "none" or key is not None
+    images, share = mix(jax.random.fold_in(key, 2), images, mixing) if mixing != "none" else (images, None)
     logits = nnx.merge(graphdef, params[0])(images, key)
     ce = jnp.mean(cross_entropy(logits, labels))
-    return jnp.mean(cross_entropy(logits, labels, smoothing)), {
-        "ce": ce,
-        "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels),
-    }
+    loss = jnp.mean(mixed_cross_entropy(logits, labels, smoothing, share))
+    return loss, {"ce": ce, "accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+
+
+def mix(
+    key: Key[Array, ""], images: Float[Array, "b h w c"], mixing: Mixing
+) -> tuple[Float[Array, "b h w c"], Float[Array, ""]]:
+    """(each image mixed with the next of the batch, share of the first in the result).
+
+    "mixup": a weighted mean, with a share from Beta(0.2, 0.2). "cutmix": a box of the other, of uniform area.
+    """
+    key_share, key_place = jax.random.split(key)
+    other = jnp.roll(images, -1, axis=0)
+    if mixing == "mixup":
+        share = jax.random.beta(key_share, 0.2, 0.2)
+        return share * images + (1 - share) * other, share
+    height, width = images.shape[1:3]
+    side = jnp.sqrt(1 - jax.random.uniform(key_share))
+    middle = jax.random.uniform(key_place, (2,))
+    rows, columns = jnp.arange(height) + 0.5, jnp.arange(width) + 0.5
+    is_row = jnp.abs(rows - middle[0] * height) < side * height / 2
+    is_column = jnp.abs(columns - middle[1] * width) < side * width / 2
+    in_box = is_row[:, None] & is_column[None]
+    return jnp.where(in_box[None, :, :, None], other, images), 1 - jnp.mean(in_box)
+
+
+def mixed_cross_entropy(
+    logits: Float[Array, "b classes"], labels: Int[Array, " b"], smoothing: float, share: Float[Array, ""] | None
+) -> Float[Array, " b"]:
+    """Cross-entropy of each image, or of both it is mixed of."""
+    ce = cross_entropy(logits, labels, smoothing)
+    if share is None:
+        return ce
+    return share * ce + (1 - share) * cross_entropy(logits, jnp.roll(labels, -1), smoothing)
 
 
 def denoising_loss(
@@ -51,9 +86,13 @@ def denoising_loss(
     keep_z: Bool[Array, " b"] | None = None,
     mean_weight: Scalar | float = 1.0,
     smoothing: float = 0.0,
+    share: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """One block's loss on z = y + sigma * eps, given the noise; gradient reaches the label embeddings through z."""
-    z = shared.embed_labels(labels) + sigma[:, None] * eps
+    y = shared.embed_labels(labels)
+    if share is not None:
+        y = share * y + (1 - share) * jnp.roll(y, -1, axis=0)
+    z = y + sigma[:, None] * eps
     if keep_z is not None:
         z = jnp.where(keep_z[:, None], z, 0.0)
     logits = denoise(shared, block, images, z, sigma, sigma_data=sigma_data, key=key)
@@ -61,7 +100,7 @@ def denoising_loss(
     weight = loss_weight(sigma, sigma_data)
     if weighting == "bounded":
         weight = bounded_weight(sigma, sigma_data) / mean_weight
-    loss = weighted_loss(cross_entropy(logits, labels, smoothing), weight, weighting)
+    loss = weighted_loss(mixed_cross_entropy(logits, labels, smoothing, share), weight, weighting)
     accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
     return loss, {"ce": jnp.mean(ce), "accuracy": accuracy, WORST_SIGMA: sigma[worst(ce)]}
 
@@ -89,6 +128,7 @@ class BlockLoss:
     weighting: Weighting
     z_dropout: float  # probability of an all-zero z
     smoothing: float
+    mixing: Mixing
     image_dropout: float  # probability of an all-zero image (classifier-free guidance)
 
     def __call__(
@@ -108,6 +148,9 @@ class BlockLoss:
         if self.image_dropout > 0:
             keep = jax.random.bernoulli(key_image, 1 - self.image_dropout, (count, 1, 1, 1))
             images = jnp.where(keep, images, 0.0)
+        share = None
+        if self.mixing != "none":
+            images, share = mix(jax.random.fold_in(key, 2), images, self.mixing)
         keep_z = None
         if self.z_dropout > 0:
             keep_z = jax.random.bernoulli(jax.random.fold_in(key, 1), 1 - self.z_dropout, (count,))
@@ -119,7 +162,7 @@ class BlockLoss:
         return denoising_loss(
             shared, block, images, labels, sigma, eps,
             sigma_data=self.sigma_data, weighting=self.weighting, key=key_dropout, keep_z=keep_z,
-            mean_weight=within.mean_weight, smoothing=self.smoothing,
+            mean_weight=within.mean_weight, smoothing=self.smoothing, share=share,
         )  # fmt: skip
 
     def _handed_on(

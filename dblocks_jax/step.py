@@ -76,6 +76,7 @@ def make_train_step(
     weight_decay: float,
     clip_norm: float,
     accumulate: int,
+    ema_decay: float = 0.0,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
@@ -118,7 +119,7 @@ def make_train_step(
         is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
             parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
-            is_sound=is_sound, **together,
+            is_sound=is_sound, ema_decay=ema_decay, **together,
         )  # fmt: skip
         return updated, {**metrics, "grad_norm": norm, SKIPPED: 1.0 - (is_sound & jnp.isfinite(norm))}
 

@@ -106,7 +106,7 @@ def _train(
     with on_cpu():
         blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
         mine = sorted({name for block in blocks for name in blueprint.names(block)})
-        parts = jax.device_get({name: new_part(params[name]) for name in mine})
+        parts = jax.device_get({name: new_part(params[name], averaged=config.ema_decay > 0) for name in mine})
     parts = replicate(parts, mesh, "pinned_host" if rest_on_host(config) else "device")
     loss_fn, ranges = make_objective(config, blueprint)
     parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
