@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none", "bounded"
     config.partition = "equi_probability"  # of the noise among blocks: or uniform, log_uniform, equi_information
     config.label_embeddings = "learned"  # or "fixed"
+    config.guess_share = 0.0  # share of noisy labels replaced by what the blocks before guess
     config.z_dropout = 0.0  # share of noisy labels replaced by zeros in training
     config.label_smoothing = 0.0  # share of the target that is spread over all classes
 

@@ -125,6 +125,11 @@ def make_objective(config: ConfigDict, blueprint: Blueprint) -> tuple[LossFn, li
         z_dropout=config.z_dropout,
         smoothing=config.label_smoothing,
         mixing=config.mixing,
+        guess_share=config.guess_share,
+        levels=tuple(
+            sampler_plan(ConfigDict({**config.to_dict(), "num_inference_steps": config.num_blocks}))[0].tolist()
+        ),
+        table=config.label_table,
         image_dropout=image_dropout(config),
     )
     return loss, list(ranges)

@@ -89,6 +89,8 @@ def check_config(config: ConfigDict) -> None:
     for field in NOT_NEGATIVE:
         if config[field] < 0:
             raise UserError(f"{field} must not be negative, but is {config[field]}")
+    if not 0 <= config.guess_share <= 1:
+        raise UserError(f"guess_share must lie in [0, 1], not {config.guess_share}")
     if not 0 <= config.z_dropout <= 1:
         raise UserError(f"z_dropout must lie in [0, 1], not {config.z_dropout}")
     for field in BELOW_ONE:
@@ -253,6 +255,11 @@ def architecture(config: ConfigDict, card: Card) -> Architecture:
 def hands_on(config: ConfigDict) -> bool:
     """Whether a block starts from the image tokens of the block before it."""
     return config.model_type == "dblock" and config.hand_on_tokens
+
+
+def reads_earlier(config: ConfigDict) -> bool:
+    """Whether a block's training step reads the parameters of the blocks before it."""
+    return hands_on(config) or (config.model_type == "dblock" and config.guess_share > 0)
 
 
 def image_dropout(config: ConfigDict) -> float:

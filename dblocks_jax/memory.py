@@ -13,7 +13,7 @@ from dblocks_jax.config import (
     arithmetic,
     check_config,
     find_dataset,
-    hands_on,
+    reads_earlier,
     rest_on_host,
     trained_blocks,
 )
@@ -138,7 +138,7 @@ def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], An
     zero = np.int32(0)
     blocks = trained_blocks(config)
     mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
-    earlier = blueprint.earlier(blocks[0]) if hands_on(config) else ()
+    earlier = blueprint.earlier(blocks[0]) if reads_earlier(config) else ()
     read = tuple(tuple(shapes[name].params for name in names) for names in earlier)
     steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0], read)
     active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))

@@ -6,10 +6,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from dblocks_jax.denoiser import denoise
+from dblocks_jax.denoiser import Table, denoise, denoise_step
 from dblocks_jax.diffusion.loss import Weighting, cross_entropy, weighted_loss
 from dblocks_jax.diffusion.noise import Scalar, SigmaRange, sample_sigma
 from dblocks_jax.diffusion.precondition import bounded_weight, loss_weight
@@ -84,6 +85,7 @@ def denoising_loss(
     weighting: Weighting,
     key: Key[Array, ""] | None = None,
     keep_z: Bool[Array, " b"] | None = None,
+    guess: tuple[Bool[Array, " b"], Float[Array, "b d"]] | None = None,
     mean_weight: Scalar | float = 1.0,
     smoothing: float = 0.0,
     share: Float[Array, ""] | None = None,
@@ -93,6 +95,8 @@ def denoising_loss(
     if share is not None:
         y = share * y + (1 - share) * jnp.roll(y, -1, axis=0)
     z = y + sigma[:, None] * eps
+    if guess is not None:
+        z = jnp.where(guess[0][:, None], guess[1], z)
     if keep_z is not None:
         z = jnp.where(keep_z[:, None], z, 0.0)
     logits = denoise(shared, block, images, z, sigma, sigma_data=sigma_data, key=key)
@@ -129,6 +133,9 @@ class BlockLoss:
     z_dropout: float  # probability of an all-zero z
     smoothing: float
     mixing: Mixing
+    guess_share: float  # probability that z is what the blocks before made of it in the sampler
+    levels: tuple[float, ...]  # noise levels of that sampler, one a block
+    table: Table
     image_dropout: float  # probability of an all-zero image (classifier-free guidance)
 
     def __call__(
@@ -148,6 +155,11 @@ class BlockLoss:
         if self.image_dropout > 0:
             keep = jax.random.bernoulli(key_image, 1 - self.image_dropout, (count, 1, 1, 1))
             images = jnp.where(keep, images, 0.0)
+        guess = None
+        if self.guess_share > 0:
+            is_guess = jax.random.bernoulli(jax.random.fold_in(key, 3), self.guess_share, (count,))
+            sigma = jnp.where(is_guess, jnp.array(self.levels)[number], sigma)
+            guess = is_guess, jax.lax.stop_gradient(self._guess(params[0], images, number, earlier))
         share = None
         if self.mixing != "none":
             images, share = mix(jax.random.fold_in(key, 2), images, self.mixing)
@@ -162,8 +174,33 @@ class BlockLoss:
         return denoising_loss(
             shared, block, images, labels, sigma, eps,
             sigma_data=self.sigma_data, weighting=self.weighting, key=key_dropout, keep_z=keep_z,
-            mean_weight=within.mean_weight, smoothing=self.smoothing, share=share,
+            mean_weight=within.mean_weight, smoothing=self.smoothing, share=share, guess=guess,
         )  # fmt: skip
+
+    def _guess(
+        self, shared_params: Params, images: Float[Array, "b h w c"], number: Int[Array, ""] | int, earlier: Earlier
+    ) -> Float[Array, "b d"]:
+        """The z that the sampler, started at z = 0, gives to block `number`."""
+        of_shared = [params[0] if len(params) == 2 else shared_params for params in earlier]
+        z = jnp.zeros((len(images), self.hidden_size))
+        modules = [nnx.merge(self.shared, params) for params in (*of_shared, shared_params)]
+        tokens = modules[0].embed_patches(images, None) if modules[0].hand_on_tokens else images
+        for i, (shared, params) in enumerate(zip(modules[:-1], earlier, strict=True)):
+            block = nnx.merge(self.block, params[-1])
+
+            def advance(state, shared=shared, block=block, i=i):
+                z, tokens = state
+                following = None
+                if len(earlier[0]) == 2:  # the block at work may be the next
+                    following = jnp.where(i + 1 == number, shared_params["labels"], modules[i + 1].labels[...])
+                z = denoise_step(
+                    shared, block, tokens, z, np.float32(self.levels[i]), np.float32(self.levels[i + 1]),
+                    sigma_data=self.sigma_data, cfg_scale=0.0, table=self.table, labels_next=following,
+                )[1]  # fmt: skip
+                return z, hand_on(shared, block, tokens) if shared.hand_on_tokens else tokens
+
+            z, tokens = jax.lax.cond(i < number, advance, lambda state: state, (z, tokens))
+        return z
 
     def _handed_on(
         self, shared_params: Params, images: Float[Array, "b h w c"], number: Int[Array, ""] | int, earlier: Earlier

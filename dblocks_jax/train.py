@@ -23,7 +23,7 @@ from dblocks_jax.config import (
     count_steps,
     curriculum,
     find_dataset,
-    hands_on,
+    reads_earlier,
     rest_on_host,
     schedule,
     trained_blocks,
@@ -155,7 +155,7 @@ def _train(
     else:
         model = OneAtATime(
             train_step, parts, blueprint.names, idle_on_host=rest_on_host(config),
-            earlier=blueprint.earlier if hands_on(config) else lambda _: (),
+            earlier=blueprint.earlier if reads_earlier(config) else lambda _: (),
         )  # fmt: skip
     del params, parts  # the model has them now
     feed = make_feed(
