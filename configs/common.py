@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.dropout = 0.1  # on hidden states and on attention probabilities
     config.pool = "cls"  # "cls": the first token; "mean": the mean of the patch tokens
 
+    config.open_gates = False  # False: a conditioned layer starts as the identity (released code); True: as a plain one
     config.hand_on_tokens = False  # a block starts from the image tokens of the one before, instead of the image
 
     # The diffusion.

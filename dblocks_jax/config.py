@@ -245,6 +245,7 @@ def architecture(config: ConfigDict, card: Card) -> Architecture:
         intermediate_size=config.intermediate_size,
         dropout_rate=config.dropout,
         pool=config.pool,
+        open_gates=config.open_gates,
         fixed_labels=config.label_embeddings == "fixed",
         hand_on_tokens=hands_on(config),
         gradient_checkpointing=config.gradient_checkpointing,

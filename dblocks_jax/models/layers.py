@@ -19,6 +19,8 @@ from dblocks_jax.models.primitives import (
 
 NOISE_FEATURES = 256
 MAX_PERIOD = 10_000
+SILU_IS_ONE = 1.278464542761074  # silu of it is 1
+GATES = (2, 5)  # of the six vectors of a conditioned layer
 
 
 def modulate(
@@ -66,9 +68,12 @@ class NoiseEmbedding(nnx.Module):
 class Modulation(nnx.Module):
     """Conditioning vector -> `chunks` vectors of width `hidden_size` (adaLN): SiLU after a zero-initialised layer."""
 
-    def __init__(self, hidden_size: int, chunks: int, *, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, chunks: int, *, rngs: nnx.Rngs, ones: tuple[int, ...] = ()):
+        """The vectors start at 0, and those numbered in `ones` at 1."""
         self.chunks = chunks
         self.linear = Linear(hidden_size // 6, chunks * hidden_size, rngs=rngs, init=init_zeros)
+        bias = self.linear.bias[...].reshape(chunks, hidden_size).at[jnp.array(ones, int)].set(SILU_IS_ONE)
+        self.linear.bias = nnx.Param(bias.reshape(-1))
 
     def __call__(self, cond: Float[Array, "b k"]) -> list[Float[Array, "b d"]]:
         return jnp.split(nnx.silu(self.linear(cond)), self.chunks, axis=-1)
@@ -123,6 +128,7 @@ class Layer(nnx.Module):
         dropout_rate: float,
         *,
         conditioned: bool,
+        open_gates: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -131,7 +137,8 @@ class Layer(nnx.Module):
         self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
         self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
         self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        self.modulation = Modulation(hidden_size, 6, rngs=rngs) if conditioned else None
+        ones = GATES if open_gates else ()
+        self.modulation = Modulation(hidden_size, 6, rngs=rngs, ones=ones) if conditioned else None
 
     def __call__(
         self,

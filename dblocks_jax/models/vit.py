@@ -25,6 +25,7 @@ class Architecture:
     intermediate_size: int
     dropout_rate: float
     pool: Literal["cls", "mean"]
+    open_gates: bool = False  # whether a conditioned layer's branches count from the start, as in a plain one
     fixed_labels: bool = False  # whether label embeddings are orthogonal and never trained
     hand_on_tokens: bool = False  # whether a block starts from the image tokens of the block before it
     gradient_checkpointing: bool = False
@@ -44,6 +45,7 @@ def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: 
             arch.intermediate_size,
             arch.dropout_rate,
             conditioned=conditioned,
+            open_gates=arch.open_gates,
             dtype=arch.dtype,
             rngs=rngs,
         )
