@@ -22,8 +22,7 @@ def get_config() -> ConfigDict:
     config.dropout = 0.1  # on hidden states and on attention probabilities
     config.pool = "cls"  # "cls": the first token; "mean": the mean of the patch tokens
 
-    config.open_gates = False  # False: a conditioned layer starts as the identity (released code); True: as a plain one
-    config.hand_on_tokens = False  # a block starts from the image tokens of the one before, instead of the image
+    config.open_gates = False  # a block's layers begin as the identity (released code); True: as plain layers do
 
     # The diffusion.
     config.num_blocks = 3  # must divide num_layers; training takes this many times num_epochs
@@ -33,18 +32,11 @@ def get_config() -> ConfigDict:
     config.sigma_data = 0.5  # standard deviation of the targets, as preconditioning takes it
     config.p_mean = -1.2  # of ln sigma in training
     config.p_std = 1.2  # of ln sigma in training
-    config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none", "bounded"
-    config.partition = "equi_probability"  # of the noise among blocks: or uniform, log_uniform, equi_information
-    config.label_embeddings = "learned"  # or "fixed"
-    config.guess_share = 0.0  # share of noisy labels replaced by what the blocks before guess
-    config.z_dropout = 0.0  # share of noisy labels replaced by zeros in training
-    config.label_smoothing = 0.0  # share of the target that is spread over all classes
+    config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none"
 
     # The sampler.
     config.num_inference_steps = 0  # denoising steps; 0 means num_blocks
-    config.num_eval_samples = 1  # starts whose probabilities are averaged
-    config.sampler = "euler"  # or heun, dpmpp_2m, ancestral
-    config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7; "blocks": equally many a block
+    config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7
     config.label_table = "raw"  # embeddings that make the estimate: "raw" (released code) or "normalized" (paper)
     config.init_noise_scale = 1.0  # 1: start from noise, as in the paper; 0: start from its mean, deterministic
     config.cfg_scale = 0.0  # classifier-free guidance; 0 is off
@@ -54,7 +46,6 @@ def get_config() -> ConfigDict:
     config.crop_padding = 4  # zero padding before the random crop, in pixels
     config.flip = True  # horizontal
     config.resized_crop = False  # random resized crop instead of padding and crop
-    config.mixing = "none"  # of images and labels: or mixup, cutmix
     config.add_rand_aug = False  # RandAugment: 2 operations of magnitude 9
 
     # Optimisation.
@@ -65,7 +56,6 @@ def get_config() -> ConfigDict:
     config.gradient_checkpointing = False  # keep only each layer's input for the backward pass
     config.lr = 1e-3  # of AdamW, at its highest
     config.weight_decay = 0.01  # of AdamW, on every parameter
-    config.ema_decay = 0.0  # evaluate an average of the parameters that forgets this slowly; 0 is off, 0.999 usual
     config.clip_norm = 1.0  # global norm of the gradients of what a step trains
     config.scheduler_type = "constant_with_warmup"  # or linear, cosine, cosine_with_min_lr
     config.scheduler_specific_kwargs = "{}"  # JSON, such as {"min_lr": 5e-5}

@@ -121,7 +121,7 @@ class Checkpoints:
             return
         self.wait()
         self._taken_over.add(step)
-        trees = _trees(parts)
+        trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
         run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
         checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
         record = {"format": FORMAT, "checksums": checksums, "run": run}
@@ -207,12 +207,9 @@ class Checkpoints:
         Raises:
           Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        restored = self._restore(step, _trees(parts))
-        result = {}
-        for name, part in parts.items():
-            params, state = restored[PARAMS][name], restored[ADAM][name]
-            result[name] = Part(params, state) if part.average is None else Part(state["params"], state["adam"], params)
-        return result
+        wanted = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        restored = self._restore(step, wanted)
+        return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
 
     def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
         """The parameters alone, shaped and placed like `params`.
@@ -336,12 +333,3 @@ def differences(*, expected: dict[str, str], found: dict[str, str]) -> list[str]
         for path in sorted(expected.keys() | found.keys())
         if expected.get(path) != found.get(path)
     ]
-
-
-def _trees(parts: dict[str, Part]) -> dict[str, Any]:
-    """What is saved: the parameters as they are evaluated, and what training needs besides."""
-    state = {
-        name: part.adam if part.average is None else {"adam": part.adam, "params": part.params}
-        for name, part in parts.items()
-    }
-    return {PARAMS: params_of(parts), ADAM: state}

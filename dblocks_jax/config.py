@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.curriculum import BLOCK_SCHEDULES, Curriculum
@@ -23,12 +22,8 @@ from dblocks_jax.optimizer import learning_rate
 CHOICES = {
     "model_type": ("vit", "dblock"),
     "pool": ("cls", "mean"),
-    "weighting": ("batch_mean", "per_sample", "none", "bounded"),
-    "partition": ("equi_probability", "uniform", "log_uniform", "equi_information"),
-    "mixing": ("none", "mixup", "cutmix"),
-    "label_embeddings": ("learned", "fixed"),
-    "sampler": ("euler", "heun", "dpmpp_2m", "ancestral"),
-    "sampler_spacing": ("cdf", "karras", "blocks"),
+    "weighting": ("batch_mean", "per_sample", "none"),
+    "sampler_spacing": ("cdf", "karras"),
     "label_table": ("raw", "normalized"),
     "block_schedule": BLOCK_SCHEDULES,
     "idle_blocks": ("device", "host"),
@@ -41,13 +36,13 @@ POSITIVE = (
     "image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks",
     "sigma_min", "sigma_max", "sigma_data", "p_std", "num_epochs", "batch_size", "accumulate_grad_batches",
     "clip_norm", "chunk_steps", "steps_per_call", "eval_batch_size", "save_every_n_epochs", "log_every_n_steps",
-    "max_bad_steps", "num_eval_samples",
+    "max_bad_steps",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "num_inference_steps", "init_noise_scale", "cfg_scale", "crop_padding", "lr", "weight_decay", "num_warmup_steps",
     "seed", "save_top_k", "max_steps",
 )  # fmt: skip
-BELOW_ONE = ("dropout", "class_dropout_prob", "label_smoothing", "ema_decay")
+BELOW_ONE = ("dropout", "class_dropout_prob")
 # Beyond these a program would be built for hours, or not at all.
 LARGEST = {
     "image_size": 4096, "num_layers": 1000, "num_inference_steps": 1000, "steps_per_call": 10_000, "seed": 2**32 - 1,
@@ -63,10 +58,7 @@ FREE_TO_CHANGE = (
     "save_every_n_epochs", "save_top_k", "steps_per_call", "wandb",
 )  # fmt: skip
 # Fields that only the sampler reads: `--mode=eval` may change them too.
-SAMPLER_FIELDS = (
-    "num_inference_steps", "num_eval_samples", "sampler", "sampler_spacing", "label_table",
-    "init_noise_scale", "cfg_scale",
-)  # fmt: skip
+SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
 # Fields of arithmetic that evaluation may choose for itself.
 ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
 
@@ -89,10 +81,6 @@ def check_config(config: ConfigDict) -> None:
     for field in NOT_NEGATIVE:
         if config[field] < 0:
             raise UserError(f"{field} must not be negative, but is {config[field]}")
-    if not 0 <= config.guess_share <= 1:
-        raise UserError(f"guess_share must lie in [0, 1], not {config.guess_share}")
-    if not 0 <= config.z_dropout <= 1:
-        raise UserError(f"z_dropout must lie in [0, 1], not {config.z_dropout}")
     for field in BELOW_ONE:
         if not 0 <= config[field] < 1:
             raise UserError(f"{field} must lie in [0, 1), not {config[field]}")
@@ -145,11 +133,7 @@ def _check_diffusion(config: ConfigDict) -> None:
             raise UserError(f"{field} must lie in [{SMALLEST_SIGMA}, {LARGEST_SIGMA}], not {config[field]}")
     if config.sigma_min >= config.sigma_max:
         raise UserError(f"sigma_min={config.sigma_min} must be below sigma_max={config.sigma_max}")
-    if config.label_embeddings == "fixed" and config.label_table == "raw":
-        raise UserError("label_embeddings=fixed needs label_table=normalized: decay shrinks the table")
-    if config.sampler != "euler" and config.sharing == "isolated":
-        raise UserError(f"sampler={config.sampler} needs sharing=shared")
-    edges = find_edges(config)
+    edges = block_edges(noise_distribution(config), config.num_blocks)
     # Where float64 cannot tell a probability from 0 or 1, the outer edges are not where they should be.
     ends_differ = (abs(edges[0] / config.sigma_max - 1), abs(edges[-1] / config.sigma_min - 1))
     if not (max(ends_differ) < 1e-3 and all(high > low * (1 + 1e-6) > 0 for high, low in pairwise(edges))):
@@ -169,10 +153,6 @@ def _check_blocks(config: ConfigDict) -> None:
         set(chosen)
     ):
         raise UserError(f"train_blocks must be ascending numbers below num_blocks={config.num_blocks}, not {chosen}")
-    if config.hand_on_tokens and (chosen or config.block_parallel):
-        raise UserError("hand_on_tokens needs the blocks before: train_blocks and block_parallel train blocks apart")
-    if config.hand_on_tokens and config.cfg_scale > 0:
-        raise UserError("hand_on_tokens knows no guidance: set cfg_scale=0")
     if chosen and config.sharing != "isolated":
         raise UserError("train_blocks needs sharing=isolated: blocks that share parameters cannot be trained apart")
     if chosen and config.block_parallel:
@@ -215,11 +195,6 @@ def noise_distribution(config: ConfigDict) -> NoiseDistribution:
     return NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
 
 
-def find_edges(config: ConfigDict, num_classes: int = 10) -> np.ndarray:
-    """The blocks' noise ranges: see `block_edges`."""
-    return block_edges(noise_distribution(config), config.num_blocks, config.partition, num_classes)
-
-
 def find_dataset(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """The data set of a config; see `load_dataset`."""
     return load_dataset(
@@ -246,21 +221,9 @@ def architecture(config: ConfigDict, card: Card) -> Architecture:
         dropout_rate=config.dropout,
         pool=config.pool,
         open_gates=config.open_gates,
-        fixed_labels=config.label_embeddings == "fixed",
-        hand_on_tokens=hands_on(config),
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=config.dtype,
     )
-
-
-def hands_on(config: ConfigDict) -> bool:
-    """Whether a block starts from the image tokens of the block before it."""
-    return config.model_type == "dblock" and config.hand_on_tokens
-
-
-def reads_earlier(config: ConfigDict) -> bool:
-    """Whether a block's training step reads the parameters of the blocks before it."""
-    return hands_on(config) or (config.model_type == "dblock" and config.guess_share > 0)
 
 
 def image_dropout(config: ConfigDict) -> float:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key
 from dblocks_jax.diffusion.noise import Scalar
 from dblocks_jax.diffusion.precondition import precondition
 from dblocks_jax.diffusion.sampler import euler_step, guide
-from dblocks_jax.models.dblock_vit import Block, Image, Shared, normalize_rows, run_block
+from dblocks_jax.models.dblock_vit import Block, Shared, normalize_rows, run_block
 
 Table = Literal["raw", "normalized"]
 
@@ -17,7 +17,7 @@ Table = Literal["raw", "normalized"]
 def denoise(
     shared: Shared,
     block: Block,
-    images: Image,
+    images: Float[Array, "b h w c"],
     z: Float[Array, "b d"],
     sigma: Float[Array, " b"],
     *,
@@ -33,7 +33,7 @@ def denoise(
 def denoise_step(
     shared: Shared,
     block: Block,
-    images: Image,
+    images: Float[Array, "b h w c"],
     z: Float[Array, "b d"],
     sigma: Scalar,
     sigma_next: Scalar,

@@ -10,18 +10,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, new_model, sampler_plan
-from dblocks_jax.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    count_steps,
-    find_dataset,
-    find_edges,
-    noise_distribution,
-)
+from dblocks_jax.config import architecture, arithmetic, check_config, count_steps, find_dataset, noise_distribution
 from dblocks_jax.datasets import Dataset, Source
 from dblocks_jax.denoiser import denoise
 from dblocks_jax.devices import on_cpu
+from dblocks_jax.diffusion.noise import block_edges
 from dblocks_jax.errors import UserError
 from dblocks_jax.models.dblock_vit import IsolatedDBlockViT, Shared
 from dblocks_jax.models.layers import Block
@@ -75,7 +68,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     drawn = {}
     if config.model_type == "dblock":
         noise = noise_distribution(config)
-        drawn["noise"] = charts.noise(noise, find_edges(config), list(sampler_plan(config)[0]))
+        drawn["noise"] = charts.noise(noise, block_edges(noise, config.num_blocks), list(sampler_plan(config)[0]))
     page = {
         "name": f"{config.dataset}, {'plain ViT' if config.model_type == 'vit' else 'DiffusionBlocks'}",
         "dataset": dataset,

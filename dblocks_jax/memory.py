@@ -8,15 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
-from dblocks_jax.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    find_dataset,
-    reads_earlier,
-    rest_on_host,
-    trained_blocks,
-)
+from dblocks_jax.config import architecture, arithmetic, check_config, find_dataset, rest_on_host, trained_blocks
 from dblocks_jax.datasets import STORED, Card
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.feed import RESIDENT_BYTES
@@ -125,7 +117,7 @@ def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], An
     def parts():
         blueprint, params = Blueprint.of(new_model(config, architecture(config, card)))
         blueprints.append(blueprint)
-        return {name: new_part(part, averaged=config.ema_decay > 0) for name, part in params.items()}
+        return {name: new_part(part) for name, part in params.items()}
 
     shapes = jax.eval_shape(parts)
     blueprint = blueprints[0]
@@ -136,11 +128,9 @@ def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], An
     shape_of: Any = jax.ShapeDtypeStruct
     data = Streamed(shape_of((count, *card.image_shape), np.uint8), shape_of((count,), np.int32))
     zero = np.int32(0)
+    steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0])
     blocks = trained_blocks(config)
     mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
-    earlier = blueprint.earlier(blocks[0]) if reads_earlier(config) else ()
-    read = tuple(tuple(shapes[name].params for name in names) for names in earlier)
-    steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0], read)
     active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))
     return step, active, mine, data, steps
 

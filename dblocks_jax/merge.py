@@ -55,9 +55,7 @@ def merge(
         for source in runs:
             names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]
             with Checkpoints(source, read_only=True) as checkpoints:
-                parts |= checkpoints.restore(
-                    runs[source][2], {name: new_part(params[name], averaged=whole.ema_decay > 0) for name in names}
-                )
+                parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
     steps = count_steps(whole, card["images"]).steps
     with run_folder.claim(workdir):
         was = run_folder.read_saved(workdir, run_folder.CONFIG)

@@ -22,19 +22,18 @@ class Part(NamedTuple):
 
     params: Params
     adam: optax.ScaleByAdamState
-    average: Params | None = None  # of the parameters over the steps, if one is kept: what evaluation takes
 
 
 def params_of(parts: dict[str, Part]) -> dict[str, Params]:
-    """Every part's parameters, as they are evaluated."""
-    return {name: part.params if part.average is None else part.average for name, part in parts.items()}
+    """Every part's parameters."""
+    return {name: part.params for name, part in parts.items()}
 
 
-def new_part(params: Params, *, averaged: bool = False) -> Part:
+def new_part(params: Params) -> Part:
     """A part with zero moments and step count 0."""
     adam = optax.scale_by_adam(BETA_1, BETA_2, EPSILON).init(params)
     assert isinstance(adam, optax.ScaleByAdamState)
-    return Part(params, adam, jax.tree.map(jnp.array, params) if averaged else None)  # a copy: both are donated
+    return Part(params, adam)
 
 
 # (gradients, whether they are finite) -> (the gradients to apply, whether to apply them, part by part)
@@ -55,13 +54,12 @@ def adamw(
     clip_norm: float,
     is_sound: Bool[Array, ""] | bool = True,
     combine: Combine = _alone,
-    ema_decay: float = 0.0,
 ) -> tuple[tuple[Part, ...], Float[Array, ""]]:
     """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
 
     Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). Without `is_sound`, or where the norm is
     not finite, nothing changes. `combine` is applied to the clipped gradients: where others train at the same time,
-    their gradients of common parts come in here. A part's average moves toward the new parameters by 1 - `ema_decay`.
+    their gradients of common parts come in here.
     """
     norm = optax.tree.norm(grads)
     is_sound = is_sound & jnp.isfinite(norm)
@@ -70,7 +68,7 @@ def adamw(
     clipped, sound = combine(jax.tree.map(lambda g: g * scale, grads), is_sound)
     updated = []
     for part, grad, is_part_sound in zip(parts, clipped, sound, strict=True):
-        params, (count, mu, nu), average = part
+        params, (count, mu, nu) = part
 
         def keep_unless_sound(new: Any, old: Any, is_sound: Bool[Array, ""] = is_part_sound) -> Any:
             return jax.tree.map(partial(jnp.where, is_sound), new, old)
@@ -83,17 +81,8 @@ def adamw(
         mean, square = optax.tree.bias_correction(mu, BETA_1, count), optax.tree.bias_correction(nu, BETA_2, count)
         step = jax.tree.map(lambda p, m, s: m / (jnp.sqrt(s) + EPSILON) + weight_decay * p, params, mean, square)
         params = keep_unless_sound(jax.tree.map(lambda p, s: p - lr * s, params, step), params)
-        if average is not None:
-            # Early on the average is over the steps there have been, so that the start is soon forgotten.
-            decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
-            blend = partial(_blend, decay)
-            average = keep_unless_sound(jax.tree.map(blend, average, params), average)
-        updated.append(Part(params, optax.ScaleByAdamState(count, mu, nu), average))
+        updated.append(Part(params, optax.ScaleByAdamState(count, mu, nu)))
     return tuple(updated), norm
-
-
-def _blend(share: Float[Array, ""], old: Array, new: Array) -> Array:
-    return share * old + (1 - share) * new
 
 
 SCHEDULES = {  # name -> the keyword arguments it understands

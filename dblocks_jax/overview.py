@@ -8,9 +8,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dblocks_jax.config import Length, find_edges
+from dblocks_jax.config import Length, noise_distribution
 from dblocks_jax.datasets import Dataset
 from dblocks_jax.devices import BLOCK, DATA
+from dblocks_jax.diffusion.noise import block_edges
 from dblocks_jax.logs import TENSORBOARD
 from dblocks_jax.optimizer import Params
 
@@ -58,7 +59,7 @@ def noise_ranges(config: ConfigDict) -> dict[int, str]:
     """Each block's noise levels in words; none for the plain model."""
     if config.model_type == "vit":
         return {}
-    edges = find_edges(config)
+    edges = block_edges(noise_distribution(config), config.num_blocks)
     return {block: f"{high:.3g} .. {low:.3g}" for block, (high, low) in enumerate(pairwise(edges))}
 
 

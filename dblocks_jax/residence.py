@@ -6,7 +6,6 @@ import jax
 from jax.sharding import Mesh
 
 from dblocks_jax.devices import replicate, stack_over_blocks, to_device, to_host, unstack
-from dblocks_jax.objective import Earlier
 from dblocks_jax.optimizer import Part
 from dblocks_jax.step import Log, Resident, Steps, Streamed, TrainStep
 
@@ -15,24 +14,13 @@ class OneAtATime:
     """Trains one block at a time. With `idle_on_host` the others' parameters and optimizer state leave the device."""
 
     def __init__(
-        self,
-        step: TrainStep,
-        parts: dict[str, Part],
-        names: Callable[[int], tuple[str, ...]],
-        *,
-        idle_on_host: bool,
-        earlier: Callable[[int], tuple[tuple[str, ...], ...]] = lambda block: (),
+        self, step: TrainStep, parts: dict[str, Part], names: Callable[[int], tuple[str, ...]], *, idle_on_host: bool
     ):
-        """`parts` are taken over: they are donated to the step. `names` tells the parts that train with a block.
-
-        `earlier` tells the parts whose parameters a block's step reads besides.
-        """
+        """`parts` are taken over: they are donated to the step. `names` tells the parts that train with a block."""
         self._step = step
         self._names = names
         self._idle_on_host = idle_on_host
         self._active: tuple[str, ...] = ()
-        self._names_earlier = earlier
-        self._earlier: Earlier = ()
         self._parts = {name: to_host(part) for name, part in parts.items()} if idle_on_host else dict(parts)
 
     def train(self, block: int, data: Resident | Streamed, steps: Steps) -> Log:
@@ -43,15 +31,9 @@ class OneAtATime:
             self._parts |= {name: to_host(self._parts[name]) for name in leaving}
             jax.block_until_ready([self._parts[name] for name in leaving])  # else blocks would pile up on the device
             self._parts |= {name: to_device(self._parts[name]) for name in names}
-        if not self._idle_on_host or names != self._active:  # what is read does not change while others train
-            self._earlier = tuple(
-                tuple(self._parts[name].params for name in of_one) for of_one in self._names_earlier(block)
-            )
-            if self._idle_on_host:
-                self._earlier = to_device(self._earlier)
         self._active = names
         active = tuple(self._parts.pop(name) for name in names)  # donated: nothing else may hold them
-        active, metrics = self._step(active, data, steps._replace(earlier=self._earlier))
+        active, metrics = self._step(active, data, steps)
         self._parts.update(zip(names, active, strict=True))
         return metrics
 

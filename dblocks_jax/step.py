@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from dblocks_jax.augment import augment, normalize
 from dblocks_jax.devices import BLOCK
 from dblocks_jax.diffusion.noise import SigmaRange
-from dblocks_jax.objective import WORST_SIGMA, Earlier, Metrics, worst
+from dblocks_jax.objective import WORST_SIGMA, Metrics, worst
 from dblocks_jax.optimizer import Params, Part, adamw
 from dblocks_jax.streams import stream
 
-# (params of each part, images, labels, key, noise range or None, block, earlier blocks' parameters) -> (loss, metrics)
+# (params of each part, images, labels, key, noise range or None) -> (loss, metrics)
 LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
 SKIPPED = "skipped"  # metric: 1 where a step changed nothing, for its loss or gradient was not finite
 Log = dict[str, Float[Array, "*blocks k"]]  # the metrics of k steps
@@ -59,7 +59,6 @@ class Steps(NamedTuple):
     position: np.int32 | Int[Array, ""]  # of the first; the others follow
     lr: Float[np.ndarray, " k"] | Float[Array, " k"]
     within: SigmaRange | None  # the block's noise; None for the plain model
-    earlier: Earlier = ()  # parameters of the blocks whose tokens are handed on
 
 
 # (parts, data, steps) -> (parts, metrics of each step)
@@ -76,7 +75,6 @@ def make_train_step(
     weight_decay: float,
     clip_norm: float,
     accumulate: int,
-    ema_decay: float = 0.0,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
@@ -97,7 +95,7 @@ def make_train_step(
         images: UInt8[Array, "b h w c"],
         labels: Int[Array, " b"],
         key: Key[Array, ""],
-        steps: Steps,
+        within: SigmaRange | None,
     ) -> tuple[Any, Metrics]:
         key_augment, key_loss = jax.random.split(key)
         augmented = augment(
@@ -105,21 +103,20 @@ def make_train_step(
             crop_padding=augmentation.crop_padding, flip=augmentation.flip,
             resized_crop=augmentation.resized_crop, rand_augment=augmentation.rand_augment,
         )  # fmt: skip
-        images = normalize(augmented, mean, std)
-        (loss, metrics), grads = grad_fn(params, images, labels, key_loss, steps.within, steps.block, steps.earlier)
+        (loss, metrics), grads = grad_fn(params, normalize(augmented, mean, std), labels, key_loss, within)
         return grads, {"loss": loss, **metrics}
 
     def one_step(parts: tuple[Part, ...], images, labels, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
         key = jax.random.fold_in(stream(seed, "train", steps.position + i), steps.block)
         if accumulate == 1:
-            grads, metrics = gradient(params, images, labels, key, steps)
+            grads, metrics = gradient(params, images, labels, key, steps.within)
         else:
-            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps)
+            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps.within)
         is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
             parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
-            is_sound=is_sound, ema_decay=ema_decay, **together,
+            is_sound=is_sound, **together,
         )  # fmt: skip
         return updated, {**metrics, "grad_norm": norm, SKIPPED: 1.0 - (is_sound & jnp.isfinite(norm))}
 
@@ -191,7 +188,7 @@ class Parallel:
         )
 
 
-def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, key, steps):
+def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, key, within):
     """Run `gradient` on each micro-batch in turn and average what it returns, holding one set of activations."""
     # Micro-batch i takes images i, i + accumulate, ...: of a batch split over devices, each then has its share.
     micro_images = images.reshape(-1, accumulate, *images.shape[1:]).swapaxes(0, 1)
@@ -199,7 +196,7 @@ def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, 
     keys = jax.random.split(key, accumulate)
 
     def add(total, micro):
-        grads, metrics = gradient(params, *micro, steps)
+        grads, metrics = gradient(params, *micro, within)
         return jax.tree.map(lambda t, g: t + g / accumulate, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)

@@ -23,7 +23,6 @@ from dblocks_jax.config import (
     count_steps,
     curriculum,
     find_dataset,
-    reads_earlier,
     rest_on_host,
     schedule,
     trained_blocks,
@@ -106,7 +105,7 @@ def _train(
     with on_cpu():
         blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
         mine = sorted({name for block in blocks for name in blueprint.names(block)})
-        parts = jax.device_get({name: new_part(params[name], averaged=config.ema_decay > 0) for name in mine})
+        parts = jax.device_get({name: new_part(params[name]) for name in mine})
     parts = replicate(parts, mesh, "pinned_host" if rest_on_host(config) else "device")
     loss_fn, ranges = make_objective(config, blueprint)
     parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
@@ -153,10 +152,7 @@ def _train(
     if config.block_parallel:
         model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
     else:
-        model = OneAtATime(
-            train_step, parts, blueprint.names, idle_on_host=rest_on_host(config),
-            earlier=blueprint.earlier if reads_earlier(config) else lambda _: (),
-        )  # fmt: skip
+        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
     del params, parts  # the model has them now
     feed = make_feed(
         train_source,

@@ -8,17 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 from scipy.special import ndtr, ndtri
-
-from dblocks_jax.diffusion.information import label_information
-
-BOUND = 5.0  # of the signal-to-noise ratio that a bounded weight counts
 
 
 @dataclass(frozen=True)
@@ -40,28 +36,11 @@ class NoiseDistribution:
         return np.exp(self.p_mean + self.p_std * ndtri(np.linspace(q_max, q_min, count)))
 
 
-Partition = Literal["equi_probability", "uniform", "log_uniform", "equi_information"]
+def block_edges(noise: NoiseDistribution, num_blocks: int) -> np.ndarray:
+    """Equi-probability partition (paper, section 3): float64 [num_blocks + 1], descending.
 
-
-def block_edges(
-    noise: NoiseDistribution, num_blocks: int, partition: Partition = "equi_probability", num_classes: int = 10
-) -> np.ndarray:
-    """The noise levels shared out among blocks: float64 [num_blocks + 1], descending.
-
-    Block b owns [edges[b + 1], edges[b]). Equal shares of the probability (paper, section 3), of sigma, of ln sigma, or
-    of the information that z carries about which of `num_classes` labels it was made of.
+    Block b owns [edges[b + 1], edges[b]).
     """
-    high, low = noise.sigma_max, noise.sigma_min
-    if partition == "uniform":
-        return np.linspace(high, low, num_blocks + 1)
-    if partition == "log_uniform":
-        return np.geomspace(high, low, num_blocks + 1)
-    if partition == "equi_information":
-        sigmas = np.geomspace(high, low, 200)
-        told = np.maximum.accumulate(label_information(num_classes, tuple(map(float, sigmas))))
-        shares = np.linspace(told[0], told[-1], num_blocks + 1)
-        inner = np.exp(np.interp(shares[1:-1], told, np.log(sigmas)))
-        return np.array([high, *inner, low])
     return noise.quantiles_descending(num_blocks + 1)
 
 
@@ -94,19 +73,6 @@ def inference_sigmas(noise: NoiseDistribution, num_steps: int, *, rho: float | N
     return sigmas.astype(np.float32).astype(np.float64)
 
 
-def sigmas_by_block(edges: np.ndarray, num_steps: int) -> tuple[np.ndarray, list[int]]:
-    """(the levels of a sampler that gives each block its share of `num_steps`, the block at each of them).
-
-    A block's steps begin at the top of its range and are evenly spaced in ln sigma; it never looks at the bottom. Where
-    the steps cannot be shared out evenly, the noisier blocks get more.
-    """
-    num_blocks = len(edges) - 1
-    counts = [num_steps // num_blocks + (block < num_steps % num_blocks) for block in range(num_blocks)]
-    sigmas = [np.geomspace(edges[b], edges[b + 1], count + 1)[:-1] for b, count in enumerate(counts)]
-    blocks = [block for block, count in enumerate(counts) for _ in range(count)]
-    return np.concatenate(sigmas).astype(np.float32).astype(np.float64), blocks
-
-
 Scalar = np.float32 | Float[np.ndarray, "*blocks"] | Float[Array, "*blocks"]
 
 
@@ -118,25 +84,19 @@ class SigmaRange(NamedTuple):
     mass_below: Scalar  # probability under p_noise of less noise than `low`
     mass_above: Scalar  # of more noise than `high`
     mass: Scalar  # of the interval
-    mean_weight: Scalar  # of `bounded_weight` over the interval
 
 
-def training_ranges(
-    noise: NoiseDistribution, edges: np.ndarray, gamma: float, sigma_data: float = 0.5
-) -> list[SigmaRange]:
+def training_ranges(noise: NoiseDistribution, edges: np.ndarray, gamma: float) -> list[SigmaRange]:
     """The interval each block trains on: its own, widened by gamma of its width in ln sigma at both ends, clamped."""
-    return [_widened_range(noise, low, high, gamma, sigma_data) for high, low in pairwise(edges)]
+    return [_widened_range(noise, low, high, gamma) for high, low in pairwise(edges)]
 
 
-def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: float, sigma_data: float) -> SigmaRange:
+def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: float) -> SigmaRange:
     margin = gamma * math.log(high / low)
     low = max(low * math.exp(-margin), noise.sigma_min)
     high = min(high * math.exp(margin), noise.sigma_max)
     below, above = ndtr(noise.standardize(low)), ndtr(-noise.standardize(high))
-    mass = 1.0 - below - above
-    middles = below + mass * (np.arange(10_000) + 0.5) / 10_000
-    mean = np.mean(np.minimum(np.exp(-2 * (noise.p_mean + noise.p_std * ndtri(middles))), BOUND / sigma_data**2))
-    return SigmaRange(*(np.float32(value) for value in (low, high, below, above, mass, mean)))
+    return SigmaRange(*(np.float32(value) for value in (low, high, below, above, 1.0 - below - above)))
 
 
 def stack_ranges(ranges: Sequence[SigmaRange]) -> SigmaRange:

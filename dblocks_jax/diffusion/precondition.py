@@ -5,8 +5,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dblocks_jax.diffusion.noise import BOUND
-
 
 class Preconditioning(NamedTuple):
     """Coefficients of D = c_skip * z + c_out * F(c_in * z, c_noise), one for each sample."""
@@ -31,8 +29,3 @@ def precondition(sigma: Float[Array, " b"], sigma_data: float) -> Preconditionin
 def loss_weight(sigma: Float[Array, " b"], sigma_data: float) -> Float[Array, " b"]:
     """w(sigma) = (sigma^2 + sigma_data^2) / (sigma * sigma_data)^2."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-
-
-def bounded_weight(sigma: Float[Array, " b"], sigma_data: float) -> Float[Array, " b"]:
-    """min(SNR, BOUND) / sigma_data^2 with SNR = (sigma_data / sigma)^2 (as min-SNR weighting does for estimates)."""
-    return jnp.minimum(1 / sigma**2, BOUND / sigma_data**2)

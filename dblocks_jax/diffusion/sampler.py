@@ -1,7 +1,6 @@
 """From noise to an answer: the blocks run in turn, each moving z toward what it believes the target to be."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,16 +32,8 @@ def guide(conditional: Float[Array, "b c"], unconditional: Float[Array, "b c"], 
     return unconditional + scale * (conditional - unconditional)
 
 
-Sampler = Literal["euler", "heun", "dpmpp_2m", "ancestral"]
-
-
 def sample(
-    step: Step,
-    z: Float[Array, "b d"],
-    sigmas: np.ndarray,
-    blocks: Sequence[int],
-    sampler: Sampler = "euler",
-    noise: Callable[[int], Float[Array, "b d"]] | None = None,
+    step: Step, z: Float[Array, "b d"], sigmas: np.ndarray, blocks: Sequence[int]
 ) -> tuple[Float[Array, "n b c"], Float[Array, "n b d"]]:
     """Run the sampler: n levels make n network calls and n - 1 moves; the last logits are the answer.
 
@@ -52,28 +43,8 @@ def sample(
     """
     all_logits, trajectory = [], []
     levels = sigmas.astype(np.float32)
-    before = None  # the estimate and the level of the step before
-    for i, (block, sigma, sigma_next) in enumerate(zip(blocks, levels, [*levels[1:], levels[-1]], strict=True)):
+    for block, sigma, sigma_next in zip(blocks, levels, [*levels[1:], levels[-1]], strict=True):
         trajectory.append(z)
-        if sampler == "euler" or i == len(levels) - 1:
-            logits, z = step(block, z, sigma, sigma_next)
-        else:
-            logits, denoised = step(block, z, sigma, np.float32(0))  # a step to sigma = 0 ends at the estimate
-            ahead = euler_step(z, denoised, sigma, sigma_next)
-            if sampler == "heun":  # the mean of the slopes at both ends; twice the network calls
-                _, denoised_next = step(blocks[i + 1], ahead, sigma_next, np.float32(0))
-                slope = ((z - denoised) / sigma + (ahead - denoised_next) / sigma_next) / 2
-                z = z + (sigma_next - sigma) * slope
-            elif sampler == "dpmpp_2m":  # the estimate extrapolated in ln sigma
-                estimate = denoised
-                if before is not None:
-                    ratio = np.log(before[1] / sigma) / np.log(sigma / sigma_next)
-                    estimate = denoised + (denoised - before[0]) / (2 * ratio)
-                z, before = euler_step(z, estimate, sigma, sigma_next), (denoised, sigma)
-            else:  # past the level, and back up with fresh noise
-                assert noise is not None
-                up = sigma_next * np.sqrt(max(0.0, 1 - (sigma_next / sigma) ** 2))
-                down = np.sqrt(max(0.0, sigma_next**2 - up**2))
-                z = euler_step(z, denoised, sigma, np.float32(down)) + np.float32(up) * noise(i)
+        logits, z = step(block, z, sigma, sigma_next)
         all_logits.append(logits)
     return jnp.stack(all_logits), jnp.stack(trajectory)

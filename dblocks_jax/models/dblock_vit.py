@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -20,27 +19,15 @@ def normalize_rows(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return table / jnp.broadcast_to(norm, table.shape)
 
 
-def orthogonal_rows(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """Orthonormal rows that span the same space; with more rows than columns, unit rows."""
-    if table.shape[0] > table.shape[1]:
-        return normalize_rows(table)
-    return jnp.linalg.qr(table.T)[0].T
-
-
 class Shared(nnx.Module):
     """What every block uses: embeddings of patches, positions, labels and noise level, and the readout."""
 
     def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
         self.pool = arch.pool
-        self.hand_on_tokens = arch.hand_on_tokens
         self.dropout_rate = arch.dropout_rate
         self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
-        labels = init_weights(rngs.params(), (arch.num_labels, arch.hidden_size))
-        if arch.fixed_labels:
-            labels = orthogonal_rows(labels)
-        self.fixed_labels = arch.fixed_labels
-        self.labels = nnx.Param(labels)
+        self.labels = nnx.Param(init_weights(rngs.params(), (arch.num_labels, arch.hidden_size)))
         self.noise = NoiseEmbedding(arch.hidden_size, rngs=rngs)
         self.norm = LayerNorm(arch.hidden_size)
         self.modulation = Modulation(arch.hidden_size, 2, rngs=rngs)
@@ -48,8 +35,7 @@ class Shared(nnx.Module):
 
     def embed_labels(self, labels: Int[Array, " b"]) -> Float[Array, "b d"]:
         """The clean target y: L2-normalised embeddings of the true labels."""
-        table = jax.lax.stop_gradient(self.labels[...]) if self.fixed_labels else self.labels[...]
-        return normalize_rows(table[labels])
+        return normalize_rows(self.labels[...][labels])
 
     def embed(
         self, images: Float[Array, "b h w c"], z_in: Float[Array, "b d"], key: Key[Array, ""] | None
@@ -60,30 +46,16 @@ class Shared(nnx.Module):
         tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
         return dropout(tokens, self.dropout_rate, key)
 
-    def embed_patches(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None) -> Float[Array, "b t d"]:
-        """Patches + positions, without the label token: what the first block starts from where tokens are handed on."""
-        patches = self.patches(images)
-        tokens = patches + jnp.broadcast_to(self.positions[:, 1:], patches.shape).astype(patches.dtype)
-        return dropout(tokens, self.dropout_rate, key)
-
-    def steady(self, tokens: Float[Array, "b t d"]) -> Float[Array, "b k"]:
-        """What tokens that are handed on are conditioned on, whatever the noise: sigma = 1."""
-        return self.noise(jnp.zeros(tokens.shape[:1]))
-
     def classify(self, denoised: Float[Array, "b d"], cond: Float[Array, "b k"]) -> Float[Array, "b classes"]:
         """Logits of a denoised estimate: modulate by the noise level, then linear."""
         shift, scale = self.modulation(cond)
         return self.head(modulate(denoised, shift, scale))
 
 
-# An image; or, with `hand_on_tokens`, the tokens that the blocks before have made of it.
-Image = Float[Array, "b h w c"] | Float[Array, "b t d"]
-
-
 def run_block(
     shared: Shared,
     block: Block,
-    images: Image,
+    images: Float[Array, "b h w c"],
     z_in: Float[Array, "b d"],
     c_noise: Float[Array, " b"],
     key: Key[Array, ""] | None = None,
@@ -91,19 +63,8 @@ def run_block(
     """The raw network F: (pooled features, conditioning vector). A key switches dropout on."""
     key_embedding, key_block = split_key(key, 2)
     cond = shared.noise(c_noise)
-    if shared.hand_on_tokens:
-        label = (z_in[:, None] + shared.positions[:, :1]).astype(images.dtype)
-        label, patches = block.apart(label, images, cond, shared.steady(images), key_block)
-        if shared.pool == "cls":
-            return shared.norm(label)[:, 0], cond
-        return jnp.mean(shared.norm(patches), axis=1), cond
     tokens = block(shared.embed(images, z_in, key_embedding), cond, key_block)
     return pool_tokens(shared.norm(tokens), shared.pool), cond
-
-
-def hand_on(shared: Shared, block: Block, tokens: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """The image tokens that the next block starts from."""
-    return block(tokens, shared.steady(tokens), None)
 
 
 @dataclass

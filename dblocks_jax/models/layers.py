@@ -164,29 +164,6 @@ class Layer(nnx.Module):
         mixed = self.mlp(modulate(self.norm_mlp(x), shift_m, scale_m))
         return x + gate_m * dropout(mixed, self.dropout_rate, key_mlp)
 
-    def read(
-        self,
-        label: Float[Array, "b 1 d"],
-        patches: Float[Array, "b t d"],
-        cond: Float[Array, "b k"],
-        steady: Float[Array, "b k"],
-        key: Key[Array, ""] | None,
-    ) -> Float[Array, "b 1 d"]:
-        """The label token after this layer. It reads the patches, conditioned on `steady`, and is not read by them."""
-        assert self.modulation is not None
-        key_probs, key_attention, key_mlp = split_key(key, 3)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        shift_p, scale_p, *_ = self.modulation(steady)
-        tokens = [
-            modulate(self.norm_attention(label), shift_a, scale_a),
-            modulate(self.norm_attention(patches), shift_p, scale_p),
-        ]
-        attended = self.attention(jnp.concatenate(tokens, axis=1), key_probs, first_only=True)
-        gate_a, gate_m = gate_a[:, None].astype(label.dtype), gate_m[:, None].astype(label.dtype)
-        label = label + gate_a * dropout(attended, self.dropout_rate, key_attention)
-        mixed = self.mlp(modulate(self.norm_mlp(label), shift_m, scale_m))
-        return label + gate_m * dropout(mixed, self.dropout_rate, key_mlp)
-
 
 class Block(nnx.Module):
     """Consecutive layers: what one DiffusionBlocks step trains, or the whole trunk of a plain transformer.
@@ -213,22 +190,3 @@ class Block(nnx.Module):
         for i, (layer, layer_key) in enumerate(zip(self.layers, split_key(key, last + 1), strict=True)):
             x = apply(layer, x, cond, layer_key, self.first_only and i == last)
         return x
-
-    def apart(
-        self,
-        label: Float[Array, "b 1 d"],
-        patches: Float[Array, "b t d"],
-        cond: Float[Array, "b k"],
-        steady: Float[Array, "b k"],
-        key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "b 1 d"], Float[Array, "b t d"]]:
-        """(label token, patches) after all layers. The patches know nothing of the label: their noise is `steady`."""
-
-        def apply(layer: Layer, label, patches, cond, steady, key):
-            key_label, key_patches = split_key(key, 2)
-            return layer.read(label, patches, cond, steady, key_label), layer(patches, steady, key_patches)
-
-        apply = jax.checkpoint(apply, policy=None if self.remat else KEPT)
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            label, patches = apply(layer, label, patches, cond, steady, layer_key)
-        return label, patches

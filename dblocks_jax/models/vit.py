@@ -25,10 +25,8 @@ class Architecture:
     intermediate_size: int
     dropout_rate: float
     pool: Literal["cls", "mean"]
-    open_gates: bool = False  # whether a conditioned layer's branches count from the start, as in a plain one
-    fixed_labels: bool = False  # whether label embeddings are orthogonal and never trained
-    hand_on_tokens: bool = False  # whether a block starts from the image tokens of the block before it
     gradient_checkpointing: bool = False
+    open_gates: bool = False  # whether a conditioned layer's branches count from the start, as in a plain one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the transformer's computation; parameters are float32
 
     @property
@@ -51,8 +49,7 @@ def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: 
         )
         for _ in range(num_layers)
     ]
-    first_only = arch.pool == "cls" and not arch.hand_on_tokens
-    return Block(layers, first_only=first_only, remat=arch.gradient_checkpointing)
+    return Block(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
 
 
 def pool_tokens(tokens: Float[Array, "b t d"], pool: str) -> Float[Array, "b d"]:

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dblocks_jax.build import sampler_plan
-from dblocks_jax.config import arithmetic, find_edges, noise_distribution, num_inference_steps
+from dblocks_jax.config import arithmetic, noise_distribution, num_inference_steps
 from dblocks_jax.datasets import Source, Subset
 from dblocks_jax.devices import make_mesh
+from dblocks_jax.diffusion.noise import block_edges
 from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import answers, find_test_split, how_scored, metrics
 from dblocks_jax.load import Trained, load_run
@@ -208,7 +209,7 @@ def draw(
     if is_dblock:
         noise = noise_distribution(config)
         visited = [step["sigma"] for step in steps]
-        drawn["noise"] = charts.noise(noise, find_edges(config), visited)
+        drawn["noise"] = charts.noise(noise, block_edges(noise, config.num_blocks), visited)
         blocks = [step["block"] for step in steps]
         drawn["by_step"] = charts.by_denoising_step(found["accuracy_by_step"], blocks, config.num_blocks)
         drawn["by_count"] = charts.by_num_steps({"": by_count}, [charts.ACCENT])

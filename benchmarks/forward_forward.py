@@ -1,0 +1,130 @@
+"""Forward-Forward (Hinton, 2022) on the layers of the plain ViT: a baseline that trains layer by layer too.
+
+A label is an input token. Each layer learns alone to be active for images with their own label and quiet for images
+with a wrong one: softplus(theta - goodness) and softplus(goodness - theta), where goodness is SLOPE times the mean
+square of its output. Every layer gets the normalised output of the one before, so that no goodness is passed on, and no
+gradient goes back. The answer is the label with the largest goodness, summed over all layers but the first.
+
+    uv run benchmarks/forward_forward.py --config=configs/vit_digits.py --config.seed=0 [--split=val]
+
+Data, augmentation, batches, schedule and AdamW are those of the plain config.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import config_flags
+
+from dblocks_jax.augment import normalize
+from dblocks_jax.build import make_step
+from dblocks_jax.config import architecture, arithmetic, check_config, count_steps, find_dataset, schedule
+from dblocks_jax.devices import make_mesh
+from dblocks_jax.feed import make_feed
+from dblocks_jax.models.primitives import normalize_features
+from dblocks_jax.models.vit import Architecture, ViT
+from dblocks_jax.optimizer import new_part
+from dblocks_jax.step import Steps
+from dblocks_jax.streams import stream
+
+CONFIG = config_flags.DEFINE_config_file("config", default="configs/vit_digits.py")
+SPLIT = flags.DEFINE_enum("split", "test", ["test", "val"], "What is scored.")
+THETA, SLOPE = 1.5, 8.0
+
+
+def label_tokens(arch: Architecture) -> Float[Array, "classes d"]:
+    """Fixed random tokens: were they trained, the first layer could tell right from wrong by their length."""
+    return jax.random.normal(jax.random.key(0), (arch.num_labels, arch.hidden_size))
+
+
+def goodness(
+    model: ViT, tokens: Float[Array, "classes d"], images: Float[Array, "b h w c"], labels: Int[Array, " b"]
+) -> Float[Array, "layers b"]:
+    """Of every layer, for images under these labels. Gradient stays within a layer; the first has the embedding too."""
+    patches = model.patches(images)
+    x = jnp.concatenate([tokens[labels][:, None], patches], axis=1)
+    x = x + jnp.broadcast_to(model.positions[...], x.shape)
+    found = []
+    for layer in model.trunk.layers:
+        width = x.shape[-1]
+        x = layer(normalize_features(x, jnp.ones(width), jnp.zeros(width)), None, None)
+        found.append(SLOPE * jnp.mean(x**2, axis=(1, 2)))
+        x = jax.lax.stop_gradient(x)
+    return jnp.stack(found)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    config = CONFIG.value
+    check_config(config)
+    dataset, mesh = find_dataset(config), make_mesh()
+    arch = architecture(config, dataset)
+    source, scored = dataset.split("train"), dataset.split(SPLIT.value)
+    if scored is None:
+        raise app.UsageError("no val split: set --config.val_fraction")
+    tokens = label_tokens(arch)
+    graphdef, params = nnx.split(ViT(arch, rngs=nnx.Rngs(stream(config.seed, "init", 0))), nnx.Param)
+
+    def loss(parts, images: Array, labels: Array, key: Key[Array, ""], *_):
+        model = nnx.merge(graphdef, parts[0])
+        others = jax.random.randint(key, labels.shape, 1, arch.num_labels)
+        right = goodness(model, tokens, images, labels)
+        wrong = goodness(model, tokens, images, (labels + others) % arch.num_labels)
+        theta = SLOPE * THETA
+        of_layers = jnp.mean(jax.nn.softplus(theta - right) + jax.nn.softplus(wrong - theta), axis=1)
+        return jnp.sum(of_layers), {}
+
+    @jax.jit
+    def answers(params, images) -> Int[Array, "rules b"]:
+        """By all layers but the first, by all, and by each alone."""
+        model, images = nnx.merge(graphdef, params), normalize(images, dataset.mean, dataset.std)
+        each = jax.lax.map(
+            lambda label: goodness(model, tokens, images, jnp.full(len(images), label)), jnp.arange(arch.num_labels)
+        )
+        rules = jnp.concatenate([jnp.stack([each[:, 1:].sum(1), each.sum(1)], axis=1), each], axis=1)
+        return jnp.argmax(rules, axis=0)
+
+    began = time.perf_counter()
+    with arithmetic(config):
+        step, lr_at = make_step(config, loss, dataset), None
+        total = count_steps(config, len(source)).steps
+        lr_at = schedule(config, total)
+        feed = make_feed(
+            source, image_shape=dataset.image_shape, batch_size=config.batch_size, seed=config.seed,
+            most=config.steps_per_call, mesh=mesh,
+        )  # fmt: skip
+        parts, log = (new_part(nnx.to_pure_dict(params)),), {}
+        for position in range(0, total, feed.most):
+            count = min(feed.most, total - position)
+            lr = np.array([lr_at(position + i) for i in range(feed.most)], np.float32)
+            steps = Steps(np.int32(count), np.int32(0), np.int32(position), lr, None)
+            parts, log = step(parts, feed.take(position, count), steps)
+        images = [scored.images(np.arange(i, min(i + 500, len(scored)))) for i in range(0, len(scored), 500)]
+        answered = np.concatenate([np.asarray(answers(parts[0].params, batch)) for batch in images], axis=1)
+    accuracy = np.mean(answered == scored.labels, axis=1)
+    result = {
+        "split": SPLIT.value,
+        "seed": config.seed,
+        "num_images": len(scored),
+        "top1": float(accuracy[0]),
+        "by_all_layers": float(accuracy[1]),
+        "by_layer": [round(float(value), 4) for value in accuracy[2:]],
+        "last_loss": float(log["loss"][-1]),
+        "steps": total,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    app.run(main)
