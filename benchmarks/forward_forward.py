@@ -3,7 +3,8 @@
 A label is an input token. Each layer learns alone to be active for images with their own label and quiet for images
 with a wrong one: softplus(theta - goodness) and softplus(goodness - theta), where goodness is SLOPE times the mean
 square of its output. Every layer gets the normalised output of the one before, so that no goodness is passed on, and no
-gradient goes back. The answer is the label with the largest goodness, summed over all layers but the first.
+gradient goes back. The answer is the label with the largest goodness, summed over all layers (on a fifth of the training
+digits kept apart that was better than leaving out the first: 0.89 against 0.86).
 
     uv run benchmarks/forward_forward.py --config=configs/vit_digits.py --config.seed=0 [--split=val]
 
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
 
     began = time.perf_counter()
     with arithmetic(config):
-        step, lr_at = make_step(config, loss, dataset), None
+        step = make_step(config, loss, dataset)
         total = count_steps(config, len(source)).steps
         lr_at = schedule(config, total)
         feed = make_feed(
@@ -116,8 +117,8 @@ def main(argv: list[str]) -> None:
         "split": SPLIT.value,
         "seed": config.seed,
         "num_images": len(scored),
-        "top1": float(accuracy[0]),
-        "by_all_layers": float(accuracy[1]),
+        "top1": float(accuracy[1]),
+        "without_first_layer": float(accuracy[0]),
         "by_layer": [round(float(value), 4) for value in accuracy[2:]],
         "last_loss": float(log["loss"][-1]),
         "steps": total,
