@@ -3,8 +3,8 @@
 A label is an input token. Each layer learns alone to be active for images with their own label and quiet for images
 with a wrong one: softplus(theta - goodness) and softplus(goodness - theta), where goodness is SLOPE times the mean
 square of its output. Every layer gets the normalised output of the one before, so that no goodness is passed on, and no
-gradient goes back. The answer is the label with the largest goodness, summed over all layers (on a fifth of the training
-digits kept apart that was better than leaving out the first: 0.89 against 0.86).
+gradient goes back. The answer is the label with the largest goodness, summed over all layers (on a fifth of the
+training digits kept apart that was better than leaving out the first: 0.89 against 0.86).
 
     uv run benchmarks/forward_forward.py --config=configs/vit_digits.py --config.seed=0 [--split=val]
 
