@@ -15,14 +15,13 @@ from dblocks_jax.datasets import Dataset, Source
 from dblocks_jax.denoiser import denoise
 from dblocks_jax.devices import on_cpu
 from dblocks_jax.diffusion.noise import block_edges
-from dblocks_jax.errors import UserError
 from dblocks_jax.models.dblock_vit import IsolatedDBlockViT, Shared
 from dblocks_jax.models.layers import Block
 from dblocks_jax.models.vit import ViT
 from dblocks_jax.overview import noise_ranges, num_parameters
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.report import data_uri
-from dblocks_jax.pages.template import render
+from dblocks_jax.pages.template import write_page
 
 PAGE = "inspect.html"
 DEPTH = 4  # of the module table: down to the parts of a layer
@@ -80,12 +79,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "charts": drawn,
         "length": length,
     }
-    path = workdir / PAGE
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(render("inspect.html", page), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    path = write_page(workdir / PAGE, page)
     return {
         "mode": "inspect",
         "page": str(path),

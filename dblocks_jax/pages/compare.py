@@ -17,7 +17,7 @@ from rich.text import Text
 from dblocks_jax.config import FREE_TO_CHANGE, count_steps
 from dblocks_jax.errors import UserError
 from dblocks_jax.pages import charts
-from dblocks_jax.pages.template import render
+from dblocks_jax.pages.template import write_page
 from dblocks_jax.workdir import CONFIG, DATA, logged, read_saved
 
 PAGE = "compare.html"
@@ -88,12 +88,7 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
         "charts": drawn,
         "datasets": ", ".join(sorted({str(run.config["dataset"]) for run in runs})),
     }
-    path = folder / PAGE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(render("compare.html", page), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    path = write_page(folder / PAGE, page)
     return {"mode": "compare", "page": str(path), "groups": rows}
 
 

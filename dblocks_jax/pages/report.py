@@ -21,13 +21,12 @@ from dblocks_jax.config import arithmetic, noise_distribution, num_inference_ste
 from dblocks_jax.datasets import Source, Subset
 from dblocks_jax.devices import make_mesh
 from dblocks_jax.diffusion.noise import block_edges
-from dblocks_jax.errors import UserError
 from dblocks_jax.evaluate import answers, find_test_split, how_scored, metrics
 from dblocks_jax.load import Trained, load_run
 from dblocks_jax.memory import step_memory, variant
 from dblocks_jax.overview import noise_ranges, num_parameters
 from dblocks_jax.pages import charts
-from dblocks_jax.pages.template import render
+from dblocks_jax.pages.template import write_page
 from dblocks_jax.predict import describe, describe_steps
 from dblocks_jax.workdir import STARTS, logged
 
@@ -79,11 +78,7 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "here": {"python": platform.python_version(), "jax": jax.__version__, "device": jax.devices()[0].device_kind},
         "skipped": sum(run.get("skipped", {}).get("total", {}).values()),
     }
-    path = workdir / PAGE
-    try:
-        path.write_text(render("report.html", page), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    path = write_page(workdir / PAGE, page)
     return {
         "mode": "report",
         "workdir": str(workdir),

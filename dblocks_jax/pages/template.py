@@ -1,10 +1,13 @@
 """Templates filled in. In pages text is escaped, pictures are not."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
+
+from dblocks_jax.errors import UserError
 
 
 def render(name: str, values: dict[str, Any]) -> str:
@@ -20,3 +23,18 @@ def render(name: str, values: dict[str, Any]) -> str:
     environment.filters["json"] = json.dumps  # which is YAML too: whatever a name is, it is quoted
     pictures = {key: Markup(svg) for key, svg in values.get("charts", {}).items()}
     return environment.get_template(name).render(values | {"charts": pictures})
+
+
+def write_page(path: Path, values: dict[str, Any]) -> Path:
+    """Fill in the template that has the name of the page, and write it: `path`.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    text = render(path.name, values)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
