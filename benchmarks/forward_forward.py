@@ -27,15 +27,15 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import config_flags
 
 from dblocks_jax.augment import normalize
-from dblocks_jax.build import make_step
+from dblocks_jax.build import Blueprint, make_step, new_model
 from dblocks_jax.config import architecture, arithmetic, check_config, count_steps, find_dataset, schedule
 from dblocks_jax.devices import make_mesh
+from dblocks_jax.evaluate import answers
 from dblocks_jax.feed import make_feed
 from dblocks_jax.models.primitives import normalize_features
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.optimizer import new_part
 from dblocks_jax.step import Steps
-from dblocks_jax.streams import stream
 
 CONFIG = config_flags.DEFINE_config_file("config", default="configs/vit_digits.py")
 SPLIT = flags.DEFINE_enum("split", "test", ["test", "val"], "What is scored.")
@@ -68,13 +68,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]}")
     config = CONFIG.value
     check_config(config)
+    if config.model_type != "vit":
+        raise app.UsageError("it takes the config of a plain model, such as configs/vit_digits.py")
     dataset, mesh = find_dataset(config), make_mesh()
     arch = architecture(config, dataset)
     source, scored = dataset.split("train"), dataset.split(SPLIT.value)
     if scored is None:
         raise app.UsageError("no val split: set --config.val_fraction")
     tokens = label_tokens(arch)
-    graphdef, params = nnx.split(ViT(arch, rngs=nnx.Rngs(stream(config.seed, "init", 0))), nnx.Param)
+    blueprint, params = Blueprint.of(new_model(config, arch))
+    graphdef = blueprint.parts["model"]
 
     def loss(parts, images: Array, labels: Array, key: Key[Array, ""], *_):
         model = nnx.merge(graphdef, parts[0])
@@ -86,14 +89,14 @@ def main(argv: list[str]) -> None:
         return jnp.sum(of_layers), {}
 
     @jax.jit
-    def answers(params, images) -> Int[Array, "rules b"]:
-        """By all layers but the first, by all, and by each alone."""
-        model, images = nnx.merge(graphdef, params), normalize(images, dataset.mean, dataset.std)
+    def classify(params, images, _) -> Float[Array, "rules b classes"]:
+        """The goodness of every label by all layers but the first, by all, and by each alone."""
+        model, images = nnx.merge(graphdef, params["model"]), normalize(images, dataset.mean, dataset.std)
         each = jax.lax.map(
             lambda label: goodness(model, tokens, images, jnp.full(len(images), label)), jnp.arange(arch.num_labels)
         )
-        rules = jnp.concatenate([jnp.stack([each[:, 1:].sum(1), each.sum(1)], axis=1), each], axis=1)
-        return jnp.argmax(rules, axis=0)
+        by_layer = each.transpose(1, 2, 0)
+        return jnp.stack([by_layer[1:].sum(0), by_layer.sum(0), *by_layer])
 
     began = time.perf_counter()
     with arithmetic(config):
@@ -104,14 +107,15 @@ def main(argv: list[str]) -> None:
             source, image_shape=dataset.image_shape, batch_size=config.batch_size, seed=config.seed,
             most=config.steps_per_call, mesh=mesh,
         )  # fmt: skip
-        parts, log = (new_part(nnx.to_pure_dict(params)),), {}
+        parts, last_loss = (new_part(params["model"]),), None
         for position in range(0, total, feed.most):
             count = min(feed.most, total - position)
             lr = np.array([lr_at(position + i) for i in range(feed.most)], np.float32)
             steps = Steps(np.int32(count), np.int32(0), np.int32(position), lr, None)
             parts, log = step(parts, feed.take(position, count), steps)
-        images = [scored.images(np.arange(i, min(i + 500, len(scored)))) for i in range(0, len(scored), 500)]
-        answered = np.concatenate([np.asarray(answers(parts[0].params, batch)) for batch in images], axis=1)
+            last_loss = log["loss"][count - 1]
+        size = config.eval_batch_size
+        answered, _ = answers(classify, {"model": parts[0].params}, scored, batch_size=size, mesh=mesh)
     accuracy = np.mean(answered == scored.labels, axis=1)
     result = {
         "split": SPLIT.value,
@@ -120,7 +124,7 @@ def main(argv: list[str]) -> None:
         "top1": float(accuracy[1]),
         "without_first_layer": float(accuracy[0]),
         "by_layer": [round(float(value), 4) for value in accuracy[2:]],
-        "last_loss": float(log["loss"][-1]),
+        "last_loss": float(last_loss),
         "steps": total,
         "seconds": round(time.perf_counter() - began, 1),
     }

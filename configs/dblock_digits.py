@@ -10,6 +10,12 @@ from configs import dblock_digits_released
 
 def get_config():
     config = dblock_digits_released.get_config()
+    classify(config)
+    return config
+
+
+def classify(config):
+    """What makes blocks classify rather than sample; other data sets take it from here."""
     config.pool = "mean"  # the answer is read from the image's tokens, not from the noisy label's
     # Noise high enough that no block can read the label off z: each has to look at the image.
     config.p_mean = 1.0
@@ -18,4 +24,3 @@ def get_config():
     # Choose the likeliest label instead of drawing one.
     config.label_table = "normalized"
     config.init_noise_scale = 0.0
-    return config

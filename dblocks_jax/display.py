@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from dblocks_jax.processes import is_first
+
 LINE_SECONDS = 5  # a plain line at most so often
 REFRESH_PER_SECOND = 4
 MIB = 2**20
@@ -35,7 +37,7 @@ class Display:
         )
         self._task = self._bar.add_task("", total=total_steps, completed=start, text="compiling")
         self._live: Live | None = None
-        if console.is_terminal and jax.process_index() == 0:
+        if console.is_terminal and is_first():
             self._live = Live(
                 console=console, get_renderable=self._render, refresh_per_second=REFRESH_PER_SECOND, transient=True
             )

@@ -72,8 +72,9 @@ class Modulation(nnx.Module):
         """The vectors start at 0, and those numbered in `ones` at 1."""
         self.chunks = chunks
         self.linear = Linear(hidden_size // 6, chunks * hidden_size, rngs=rngs, init=init_zeros)
-        bias = self.linear.bias[...].reshape(chunks, hidden_size).at[jnp.array(ones, int)].set(SILU_IS_ONE)
-        self.linear.bias = nnx.Param(bias.reshape(-1))
+        if ones:
+            bias = self.linear.bias[...].reshape(chunks, hidden_size).at[jnp.array(ones)].set(SILU_IS_ONE)
+            self.linear.bias[...] = bias.reshape(-1)
 
     def __call__(self, cond: Float[Array, "b k"]) -> list[Float[Array, "b d"]]:
         return jnp.split(nnx.silu(self.linear(cond)), self.chunks, axis=-1)
