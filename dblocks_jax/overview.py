@@ -43,16 +43,14 @@ def overview(
         "devices": f"{jax.device_count()} x {device.device_kind}{across}, {jax.process_count()} process(es)",
         "data": f"{config.dataset}: {splits} images of {len(dataset.class_names)} classes, {dataset.image_shape}",
         "model": f"{kind}, {config.num_layers} layers, {sum(counts.values()):,} parameters{each}",
+        "noise": ", ".join(f"block {block}: {text}" for block, text in noise_ranges(config).items()),
         "a step": f"trains {mine:,} of them: {4 * 4 * mine / MIB:,.1f} MiB of parameters, moments and gradients; "
         "activations come on top, --mode=memory tells",
         "length": f"{length.steps - start:,} steps to do of {length.steps:,}, {length.steps_per_epoch:,} an epoch, "
         f"{config.batch_size * config.accumulate_grad_batches} images a step",
         "watch": f"tensorboard --logdir={workdir / TENSORBOARD}",
     }
-    if config.model_type == "dblock":
-        noise = ", ".join(f"block {block}: {text}" for block, text in noise_ranges(config).items())
-        rows = dict([*list(rows.items())[:4], ("noise", noise), *list(rows.items())[4:]])
-    return "\n".join(f"  {name:8s} {text}" for name, text in rows.items())
+    return "\n".join(f"  {name:8s} {text}" for name, text in rows.items() if text)  # the plain model has no noise
 
 
 def noise_ranges(config: ConfigDict) -> dict[int, str]:

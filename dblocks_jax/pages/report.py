@@ -55,6 +55,7 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         by_count = accuracy_by_count(trained, test, mesh)
     steps = describe_steps(config)
     right, wrong = choose(believed[-1], logits, test.labels)
+    shown = examples(trained, test, [*right, *wrong], steps)
     matrix = confusion_matrix(test.labels, believed[-1], len(trained.card.class_names))
     lines = [line for line in logged(workdir) if "blocks" in line]
     page = {
@@ -70,8 +71,8 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "by_count": by_count,
         "images_for_counts": min(len(test), IMAGES_FOR_COUNTS),
         "worst": worst_classes(matrix, trained.card.class_names),
-        "right": [example(trained, test, i, steps) for i in right],
-        "wrong": [example(trained, test, i, steps) for i in wrong],
+        "right": shown[: len(right)],
+        "wrong": shown[len(right) :],
         "steps": steps,
         "guessing": math.log(len(trained.card.class_names)),
         "starts": read_starts(workdir),
@@ -147,14 +148,19 @@ def worst_classes(matrix: Int[np.ndarray, "classes classes"], class_names: Seque
     return sorted(classes, key=lambda each: each.found)[:WORST_CLASSES]
 
 
-def example(trained: Trained, test: Source, index: int, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """A test image, the truth, and what each denoising step believed of it."""
-    pixels = test.images(np.array([index]))
+def examples(
+    trained: Trained, test: Source, indices: Sequence[int], steps: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Test images, at least one: the truth, and what each denoising step believed of each."""
+    pixels = test.images(np.array(indices))
     with arithmetic(trained.config):
-        logits = trained.classify(trained.params, jax.numpy.asarray(pixels), jax.numpy.array([index], np.int32))
-    names = trained.card.class_names
-    described = describe(f"image {index}", np.asarray(jax.nn.softmax(logits, -1))[:, 0], names, steps)
-    return described | {"pixels": data_uri(pixels[0]), "truth": names[test.labels[index]]}
+        logits = trained.classify(trained.params, jax.numpy.asarray(pixels), jax.numpy.array(indices, np.int32))
+    probabilities, names = np.asarray(jax.nn.softmax(logits, -1)), trained.card.class_names
+    return [
+        describe(f"image {index}", probabilities[:, i], names, steps)
+        | {"pixels": data_uri(pixels[i]), "truth": names[test.labels[index]]}
+        for i, index in enumerate(indices)
+    ]
 
 
 def data_uri(pixels: UInt8[np.ndarray, "h w c"]) -> str:
