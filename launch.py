@@ -9,7 +9,7 @@ import os
 import signal
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT):  # until `dblocks_jax.stop` listens there is nothing to be saved
+    for number in (signal.SIGTERM, signal.SIGINT):  # until `dblocks_jax.run.stop` listens there is nothing to be saved
         signal.signal(number, lambda *_: os._exit(75))
 
 import sys
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
 from configs import common
-from dblocks_jax.errors import Diverged, Stopped, Unsaved, UserError
+from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
 MODES = {
@@ -126,10 +126,10 @@ def main(argv: list[str]) -> None:
     _hide_what_is_raised_anyway()
     _keep_compiled_programs()
 
-    from dblocks_jax import processes
-    from dblocks_jax.devices import naming_lack_of_memory
-    from dblocks_jax.stop import Stop
-    from dblocks_jax.workdir import finish
+    from dblocks_jax.run import processes
+    from dblocks_jax.run.devices import naming_lack_of_memory
+    from dblocks_jax.run.stop import Stop
+    from dblocks_jax.run.workdir import finish
 
     stop = Stop()
     try:
@@ -156,44 +156,44 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
     start = {"overrides": overrides, "command": sys.argv}
     match MODE.value:
         case "train":
-            from dblocks_jax.train import train
+            from dblocks_jax.training.loop import train
 
             return train(config, workdir, stop=stop, **start)
         case "eval":
-            from dblocks_jax.evaluate import evaluate_run
+            from dblocks_jax.modes.evaluate import evaluate_run
 
             return evaluate_run(config, workdir, **saved)
         case "predict":
-            from dblocks_jax.predict import predict
+            from dblocks_jax.modes.predict import predict
 
             return predict(config, workdir, [*IMAGES.value, *more], **saved)
         case "report":
-            from dblocks_jax.pages.report import report
+            from dblocks_jax.modes.report import report
 
             return report(config, workdir, **saved)
         case "compare":
-            from dblocks_jax.pages.compare import compare
+            from dblocks_jax.modes.compare import compare
 
             return compare([Path(run) for run in [*RUNS.value, *more]], workdir)
         case "inspect":
-            from dblocks_jax.inspecting import inspect
+            from dblocks_jax.modes.inspect import inspect
 
             return inspect(config, workdir)
         case "memory":
-            from dblocks_jax.memory import memory_table
+            from dblocks_jax.modes.memory import memory_table
 
             return memory_table(config, gib=GIB.value)
         case "merge":
-            from dblocks_jax.merge import merge
+            from dblocks_jax.modes.merge import merge
 
             return merge([Path(part) for part in PARTS.value], workdir, **start)
         case "import":
-            from dblocks_jax.importing import import_released
+            from dblocks_jax.modes.importing import import_released
 
             return import_released(config, workdir, Path(SOURCE.value or ""), **start)
         case mode:
             assert mode == "export"
-            from dblocks_jax.exporting import export_run
+            from dblocks_jax.modes.export import export_run
 
             return export_run(config, workdir, **saved)
 

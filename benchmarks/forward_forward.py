@@ -26,16 +26,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import config_flags
 
-from dblocks_jax.augment import normalize
-from dblocks_jax.build import Blueprint, make_step, new_model
-from dblocks_jax.config import architecture, arithmetic, check_config, count_steps, find_dataset, schedule
-from dblocks_jax.devices import make_mesh
-from dblocks_jax.evaluate import answers
-from dblocks_jax.feed import make_feed
+from dblocks_jax.data.augment import normalize
+from dblocks_jax.data.feed import make_feed
 from dblocks_jax.models.primitives import normalize_features
 from dblocks_jax.models.vit import Architecture, ViT
-from dblocks_jax.optimizer import new_part
-from dblocks_jax.step import Steps
+from dblocks_jax.modes.evaluate import answers
+from dblocks_jax.run.devices import make_mesh
+from dblocks_jax.training.build import Blueprint, make_step, new_model
+from dblocks_jax.training.config import architecture, arithmetic, check_config, count_steps, find_dataset, schedule
+from dblocks_jax.training.optimizer import new_part
+from dblocks_jax.training.step import Steps
 
 CONFIG = config_flags.DEFINE_config_file("config", default="configs/vit_digits.py")
 SPLIT = flags.DEFINE_enum("split", "test", ["test", "val"], "What is scored.")

@@ -41,8 +41,8 @@ def measure(sizes: dict[str, int], model_type: str, repeats: int) -> dict[str, f
     import jax.numpy as jnp
 
     from benchmarks import ours
-    from dblocks_jax.config import arithmetic
-    from dblocks_jax.memory import build_step, total_bytes
+    from dblocks_jax.modes.memory import build_step, total_bytes
+    from dblocks_jax.training.config import arithmetic
 
     sizes = sizes | {"intermediate_size": 4 * sizes["hidden_size"], "num_heads": sizes["hidden_size"] // 32}
     config = ours.get_config("dblock", sizes | {"model_type": model_type})

@@ -1,4 +1,4 @@
-"""Our training step for the benchmark, built as `dblocks_jax.train` builds it. All that touches our API is here."""
+"""Our training step for the benchmark, built as the trainer builds it. All that touches our API is here."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import dblock_cifar100, vit_cifar100
-from dblocks_jax.build import Blueprint, make_objective, make_step, new_model
-from dblocks_jax.config import architecture, arithmetic, check_config
-from dblocks_jax.datasets import Card
-from dblocks_jax.devices import make_mesh, replicate, shard
-from dblocks_jax.optimizer import new_part
-from dblocks_jax.residence import OneAtATime
-from dblocks_jax.step import Resident, Steps
+from dblocks_jax.data.datasets import Card
+from dblocks_jax.run.devices import make_mesh, replicate, shard
+from dblocks_jax.training.build import Blueprint, make_objective, make_step, new_model
+from dblocks_jax.training.config import architecture, arithmetic, check_config
+from dblocks_jax.training.optimizer import new_part
+from dblocks_jax.training.residence import OneAtATime
+from dblocks_jax.training.step import Resident, Steps
 
 CIFAR100 = Card(
     class_names=tuple(str(label) for label in range(100)),

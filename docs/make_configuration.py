@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from dblocks_jax import config as checks  # noqa: E402
+from dblocks_jax.training import config as checks  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 FIELD = re.compile(r"    config\.(\w+) = .*?(?:  # (.*))?$")
@@ -21,7 +21,7 @@ Every field can be set on the command line, as `--config.FIELD=VALUE`. Defaults 
 released program on CIFAR-100. The last column says what may differ from the saved run: when it goes on (*resume*:
 fields that no parameter depends on), or when it is scored, used or exported (*use*).
 
-This page is made of the comments in `configs/common.py` and the checks in `dblocks_jax/config.py` by
+This page is made of the comments in `configs/common.py` and the checks in `dblocks_jax/training/config.py` by
 `uv run docs/make_configuration.py`; a test compares it.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dblocks_jax.augment import augment, normalize, random_crop, random_resized_crop, resize_window
+from dblocks_jax.data.augment import augment, normalize, random_crop, random_resized_crop, resize_window
 
 OFF = {"crop_padding": 0, "flip": False, "resized_crop": False, "rand_augment": False}
 

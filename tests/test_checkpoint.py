@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dblocks_jax.checkpoint import Checkpoints, differences
-from dblocks_jax.devices import to_device, to_host
-from dblocks_jax.errors import UserError
-from dblocks_jax.optimizer import Part, new_part
+from dblocks_jax.run.checkpoint import Checkpoints, differences
+from dblocks_jax.run.devices import to_device, to_host
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.optimizer import Part, new_part
 
 
 def parts_of(value: float) -> dict[str, Part]:

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import dblock_digits
-from dblocks_jax.config import CHOICES
-from dblocks_jax.errors import Diverged, UserError
-from dblocks_jax.optimizer import SCHEDULES
-from dblocks_jax.train import train
+from dblocks_jax.run.errors import Diverged, UserError
+from dblocks_jax.training.config import CHOICES
+from dblocks_jax.training.loop import train
+from dblocks_jax.training.optimizer import SCHEDULES
 
 SMALL = {
     "num_layers": 2, "num_blocks": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "batch_size": 700,

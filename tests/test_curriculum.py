@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dblocks_jax.curriculum import Curriculum
+from dblocks_jax.training.curriculum import Curriculum
 
 
 def curriculum(schedule: str, *, seed: int = 0, blocks=(0, 1, 2), num_blocks: int = 3, chunk: int = 5, steps: int = 60):

@@ -15,12 +15,12 @@ from runs import command, finish, logged, result_of, saved_steps, wait_until
 from saved import state_of
 
 from configs import dblock_digits
-from dblocks_jax import train as trainer
-from dblocks_jax.checkpoint import Checkpoints
-from dblocks_jax.errors import UserError
-from dblocks_jax.optimizer import Part, new_part
-from dblocks_jax.train import train
-from dblocks_jax.workdir import Journal
+from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.workdir import Journal
+from dblocks_jax.training import loop as trainer
+from dblocks_jax.training.loop import train
+from dblocks_jax.training.optimizer import Part, new_part
 
 # When one file cannot be read, TensorStore's other reads find Orbax's event loop closed; launch.py hides that.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -379,7 +379,7 @@ def test_a_line_of_which_only_a_part_fits_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
     append = (
-        "import resource, signal; from pathlib import Path; from dblocks_jax.workdir import Journal\n"
+        "import resource, signal; from pathlib import Path; from dblocks_jax.run.workdir import Journal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         f"Journal(Path({str(path)!r})).append({{'step': 2, 'note': 'x' * 200}})"
     )

@@ -7,9 +7,9 @@ import orbax.checkpoint as ocp
 import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from dblocks_jax.data import eval_batches, steps_per_epoch, train_batches
-from dblocks_jax.datasets import ArraySource, FileSource, stamp
-from dblocks_jax.errors import UserError
+from dblocks_jax.data.batches import eval_batches, steps_per_epoch, train_batches
+from dblocks_jax.data.datasets import ArraySource, FileSource, stamp
+from dblocks_jax.run.errors import UserError
 
 
 def numbered(count: int) -> ArraySource:

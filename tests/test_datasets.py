@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dblocks_jax import datasets, tfds_builders
-from dblocks_jax.datasets import Dataset, FileSource, load_dataset
-from dblocks_jax.errors import UserError
+from dblocks_jax.data import datasets, tfds_builders
+from dblocks_jax.data.datasets import Dataset, FileSource, load_dataset
+from dblocks_jax.run.errors import UserError
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 RNG = np.random.default_rng(0)

@@ -15,11 +15,11 @@ from runs import ROOT
 from safetensors.numpy import load_file, save_file
 
 from configs import dblock_digits, vit_digits
-from dblocks_jax.errors import UserError
-from dblocks_jax.exporting import accuracy, export_run
-from dblocks_jax.load import load_classifier
-from dblocks_jax.train import train
-from dblocks_jax.workdir import finish, write_json
+from dblocks_jax.modes.export import accuracy, export_run
+from dblocks_jax.modes.load import load_classifier
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.workdir import finish, write_json
+from dblocks_jax.training.loop import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dblocks_jax.denoiser import denoise, denoise_step
 from dblocks_jax.diffusion.loss import cross_entropy, weighted_loss
 from dblocks_jax.diffusion.noise import NoiseDistribution, block_edges, blocks_of_sigmas, inference_sigmas
 from dblocks_jax.diffusion.precondition import loss_weight
 from dblocks_jax.diffusion.sampler import initial_z, sample
 from dblocks_jax.models.dblock_vit import DBlockViT
-from dblocks_jax.objective import denoising_loss
-from dblocks_jax.optimizer import adamw, learning_rate, new_part
-from dblocks_jax.reference import from_reference, to_reference
+from dblocks_jax.models.reference import from_reference, to_reference
+from dblocks_jax.tasks.classify.denoiser import denoise, denoise_step
+from dblocks_jax.tasks.classify.objective import denoising_loss
+from dblocks_jax.training.optimizer import adamw, learning_rate, new_part
 
 SIGMA_DATA = 0.5
 cached_load = cache(golden.load)

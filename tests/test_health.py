@@ -9,13 +9,13 @@ import pytest
 from runs import command, finish, logged, saved_steps
 
 from configs import dblock_digits
-from dblocks_jax.devices import BLOCK, make_mesh
-from dblocks_jax.errors import Diverged
-from dblocks_jax.health import Health
-from dblocks_jax.objective import WORST_SIGMA
-from dblocks_jax.optimizer import new_part
-from dblocks_jax.step import SKIPPED, Augmentation, Parallel, Resident, Steps, Streamed, make_train_step
-from dblocks_jax.train import train
+from dblocks_jax.run.devices import BLOCK, make_mesh
+from dblocks_jax.run.errors import Diverged
+from dblocks_jax.tasks.classify.objective import WORST_SIGMA
+from dblocks_jax.training.health import Health
+from dblocks_jax.training.loop import train
+from dblocks_jax.training.optimizer import new_part
+from dblocks_jax.training.step import SKIPPED, Augmentation, Parallel, Resident, Steps, Streamed, make_train_step
 
 PLAIN = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
 GOOD, BAD_LOSS, BAD_GRADIENT, HUGE_GRADIENT = 0, 255, 254, 253  # the first pixel of a batch decides

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 
 from configs import dblock_folder
-from dblocks_jax import build, importing
 from dblocks_jax.diffusion.sampler import initial_z
-from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import evaluate_run
-from dblocks_jax.importing import Released, import_released, read_checkpoint
-from dblocks_jax.load import load_classifier, load_run
-from dblocks_jax.reference import to_reference
-from dblocks_jax.train import train
+from dblocks_jax.models.reference import to_reference
+from dblocks_jax.modes import importing
+from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.importing import Released, import_released, read_checkpoint
+from dblocks_jax.modes.load import load_classifier, load_run
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training import build
+from dblocks_jax.training.loop import train
 
 FIELDS = ("image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks")
 

@@ -13,11 +13,11 @@ from runs import command, finish, logged, result_of, saved_steps, started, wait_
 from saved import state_of
 
 from configs import dblock_digits
-from dblocks_jax import train as trainer
-from dblocks_jax.errors import Stopped, UserError
-from dblocks_jax.stop import Stop
-from dblocks_jax.train import train
-from dblocks_jax.workdir import claim
+from dblocks_jax.run.errors import Stopped, UserError
+from dblocks_jax.run.stop import Stop
+from dblocks_jax.run.workdir import claim
+from dblocks_jax.training import loop as trainer
+from dblocks_jax.training.loop import train
 
 FEW = {"num_epochs": 20}  # 80 steps, saved and scored at every 10th
 TINY = {
@@ -128,7 +128,7 @@ def test_a_signal_during_compilation_ends_at_once(tmp_path):
 def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, code):
     """At once where nothing can be lost, else at the second one. Python's own handlers would wait for the C call."""
     busy = (
-        "import hashlib; from dblocks_jax.stop import Stop\n"
+        "import hashlib; from dblocks_jax.run.stop import Stop\n"
         f"stop = Stop(); stop.is_safe = lambda: {is_safe}; stop.listen()\n"
         "print('ready', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
@@ -148,7 +148,7 @@ def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, co
 def test_a_signal_is_answered_where_nobody_reads_what_is_said():
     """Ctrl-C ends `tee` first: then the line about it cannot be printed."""
     wait = (
-        "import time; from dblocks_jax.stop import Stop\n"
+        "import time; from dblocks_jax.run.stop import Stop\n"
         "stop = Stop(); stop.is_safe = lambda: stop._asked; stop.listen()\n"
         "print('ready', flush=True); time.sleep(60)"
     )

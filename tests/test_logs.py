@@ -10,9 +10,9 @@ import pytest
 from runs import command, logged, started
 from tensorboardX.proto.event_pb2 import Event
 
-from dblocks_jax.display import clock
-from dblocks_jax.errors import UserError
-from dblocks_jax.logs import Logs, check_wandb, scalars
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.logs import Logs, check_wandb, scalars
+from dblocks_jax.training.display import clock
 
 LINE = {
     "step": 10, "epoch": 2.5, "lr": 0.1, "images_per_second": None, "input_wait": 0.25, "memory_bytes": 7,
@@ -88,7 +88,7 @@ def test_a_run_outlives_weights_and_biases(tmp_path, caplog, monkeypatch):
             if values["step"] > 10:
                 raise ConnectionResetError("gone")
 
-    monkeypatch.setattr("dblocks_jax.logs._start_wandb", lambda workdir, config: Dying())
+    monkeypatch.setattr("dblocks_jax.run.logs._start_wandb", lambda workdir, config: Dying())
     logs = Logs(tmp_path, start=0, wandb=True, config={})
     for step in (10, 20, 30):
         logs.add(LINE | {"step": step})

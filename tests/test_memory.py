@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import common
-from dblocks_jax import memory
-from dblocks_jax.devices import naming_lack_of_memory
-from dblocks_jax.errors import UserError
-from dblocks_jax.memory import Memory, formula_bytes, memory_table
+from dblocks_jax.modes import memory
+from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table
+from dblocks_jax.run.devices import naming_lack_of_memory
+from dblocks_jax.run.errors import UserError
 
 
 def sized(**changes):

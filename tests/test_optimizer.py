@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from dblocks_jax.errors import UserError
-from dblocks_jax.optimizer import SCHEDULES, adamw, learning_rate, new_part
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.optimizer import SCHEDULES, adamw, learning_rate, new_part
 
 
 def test_two_parts_move_as_optax_moves_one_tree(key):

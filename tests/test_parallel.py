@@ -14,18 +14,18 @@ import pytest
 from saved import state_of
 
 from configs import dblock_digits
-from dblocks_jax.build import Blueprint, make_objective, new_model
-from dblocks_jax.checkpoint import Checkpoints
-from dblocks_jax.config import trained_blocks
-from dblocks_jax.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
 from dblocks_jax.diffusion.noise import stack_ranges
-from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import evaluate_run
-from dblocks_jax.merge import merge
 from dblocks_jax.models.vit import Architecture
-from dblocks_jax.optimizer import adamw, new_part
-from dblocks_jax.step import Augmentation, Parallel, Steps, Streamed, make_train_step
-from dblocks_jax.train import train
+from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.merge import merge
+from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.build import Blueprint, make_objective, new_model
+from dblocks_jax.training.config import trained_blocks
+from dblocks_jax.training.loop import train
+from dblocks_jax.training.optimizer import adamw, new_part
+from dblocks_jax.training.step import Augmentation, Parallel, Steps, Streamed, make_train_step
 
 DEVICES, BLOCKS = 6, 3
 several = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the process that simulates six devices")
@@ -145,8 +145,8 @@ def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
     """With the same embeddings nothing changes; with others z moves by the difference of the estimates."""
     from flax import nnx
 
-    from dblocks_jax.denoiser import denoise_step
     from dblocks_jax.models.dblock_vit import make_isolated_dblock_vit
+    from dblocks_jax.tasks.classify.denoiser import denoise_step
 
     model = make_isolated_dblock_vit(ARCH, BLOCKS, rngs=nnx.Rngs(0))
     first, following = model.shared[:2]

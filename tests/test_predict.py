@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from configs import dblock_digits
-from dblocks_jax.config import find_dataset
-from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import evaluate_run
-from dblocks_jax.load import load_classifier
-from dblocks_jax.predict import describe, find_images, predict, print_table
-from dblocks_jax.train import train
+from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.load import load_classifier
+from dblocks_jax.modes.predict import describe, find_images, predict, print_table
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.config import find_dataset
+from dblocks_jax.training.loop import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from dblocks_jax.rand_augment import (
+from dblocks_jax.data.rand_augment import (
     OP,
     OPS,
     SIGNED,

@@ -7,14 +7,14 @@ import pytest
 from runs import ROOT, command, finish
 
 from configs import dblock_digits
-from dblocks_jax import tfds_builders
-from dblocks_jax.build import Blueprint
-from dblocks_jax.checkpoint import Checkpoints
-from dblocks_jax.datasets import Card
-from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import find_test_split
-from dblocks_jax.load import Trained
-from dblocks_jax.optimizer import new_part
+from dblocks_jax.data import tfds_builders
+from dblocks_jax.data.datasets import Card
+from dblocks_jax.modes.evaluate import find_test_split
+from dblocks_jax.modes.load import Trained
+from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.build import Blueprint
+from dblocks_jax.training.optimizer import new_part
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -9,14 +9,14 @@ import pytest
 from flax import nnx
 
 from configs import common
-from dblocks_jax import objective
-from dblocks_jax.build import Blueprint, make_objective, new_model
-from dblocks_jax.denoiser import denoise_step
 from dblocks_jax.models.dblock_vit import make_dblock_vit
 from dblocks_jax.models.vit import Architecture
-from dblocks_jax.optimizer import new_part
-from dblocks_jax.step import Augmentation, Resident, Steps, Streamed, make_train_step
-from dblocks_jax.streams import stream
+from dblocks_jax.run.streams import stream
+from dblocks_jax.tasks.classify import objective
+from dblocks_jax.tasks.classify.denoiser import denoise_step
+from dblocks_jax.training.build import Blueprint, make_objective, new_model
+from dblocks_jax.training.optimizer import new_part
+from dblocks_jax.training.step import Augmentation, Resident, Steps, Streamed, make_train_step
 
 ARCH = Architecture(8, 1, 4, 4, 2, 12, 2, 16, 0.0, "mean")
 PLAIN_AUGMENTATION = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)

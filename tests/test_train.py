@@ -8,13 +8,13 @@ import pytest
 from saved import state_of
 
 from configs import dblock_digits, vit_digits
-from dblocks_jax import train as trainer
-from dblocks_jax import workdir as run_folder
-from dblocks_jax.checkpoint import Checkpoints
-from dblocks_jax.config import check_config, check_resumable, for_evaluation
-from dblocks_jax.errors import UserError
-from dblocks_jax.evaluate import evaluate_run, metrics
-from dblocks_jax.train import train
+from dblocks_jax.modes.evaluate import evaluate_run, metrics
+from dblocks_jax.run import workdir as run_folder
+from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training import loop as trainer
+from dblocks_jax.training.config import check_config, check_resumable, for_evaluation
+from dblocks_jax.training.loop import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
@@ -250,7 +250,7 @@ def test_every_shipped_config_is_sound_and_says_how_to_run_it():
     import importlib
 
     names = sorted(
-        path.stem for path in Path(trainer.__file__).parents[1].glob("configs/*.py") if path.stem != "common"
+        path.stem for path in Path(trainer.__file__).parents[2].glob("configs/*.py") if path.stem != "common"
     )
     assert len(names) >= 13
     for name in names:

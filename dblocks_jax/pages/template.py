@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from dblocks_jax.errors import UserError
+from dblocks_jax.run.errors import UserError
 
 
 def render(name: str, values: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""What the launcher can do: one file for each `--mode`."""

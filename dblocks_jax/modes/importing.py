@@ -1,0 +1,112 @@
+"""`--mode=import`: a run made of a checkpoint of the released PyTorch program."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dblocks_jax.models.reference import LABELS, from_reference, read_architecture
+from dblocks_jax.models.vit import Architecture
+from dblocks_jax.run import workdir as run_folder
+from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
+from dblocks_jax.run.devices import on_cpu
+from dblocks_jax.run.errors import Unsaved, UserError, brief
+from dblocks_jax.training.build import Blueprint
+from dblocks_jax.training.config import architecture, check_config, find_dataset
+from dblocks_jax.training.optimizer import new_part
+
+NO_PARAMETERS = ("sigmas",)  # entries of the file that are computed, not learned
+SIZES = ("image_size", "channels", "num_labels", "patch_size", "num_layers", "hidden_size", "intermediate_size")
+# Hyper-parameters that tell what the model learned, under the same names as here.
+SAME_FIELDS = ("num_blocks", "gamma", "sigma_min", "sigma_max", "sigma_data")
+
+
+class Released(NamedTuple):
+    """What a checkpoint of the released program holds."""
+
+    weights: dict[str, np.ndarray]
+    fields: dict[str, Any]  # its hyper-parameters
+    step: int
+
+
+def import_released(
+    config: ConfigDict, workdir: Path, source: Path, *, command: list[str], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Make a run of a released checkpoint, to be scored, reported and exported, but not trained on: the moments of its
+    optimizer are not taken over.
+
+    Raises:
+      UserError: the file cannot be read, or its model is not the one that `config` describes: each field is named.
+      Unsaved: the run could not be written.
+    """
+    check_config(config)
+    if saved_steps(workdir):
+        raise UserError(f"{workdir} holds a run already: name another --workdir for the imported one, or delete it")
+    if config.sharing == "isolated":
+        raise UserError("sharing=isolated: the released program's blocks share embeddings and head")
+    released = read_checkpoint(source)
+    dataset = find_dataset(config)
+    check_fields(config, released, architecture(config, dataset), source)
+    with on_cpu():
+        _, params = Blueprint.of(from_reference(released.weights, config))
+        parts = {name: new_part(part) for name, part in jax.device_get(params).items()}
+    card = dataset.to_dict() | {"images": len(dataset.split("train"))}
+    with run_folder.claim(workdir):
+        was = run_folder.read_saved(workdir, run_folder.CONFIG)
+        run_folder.open_run(workdir, config.to_dict(), card, was=was, command=command, overrides=overrides)
+        with Checkpoints(workdir) as checkpoints:
+            run = {"config": config.to_dict(), "data": card, "imported": source.name}
+            checkpoints.save(released.step, parts, run)
+            checkpoints.wait()
+            if why := checkpoints.failed.get(released.step):
+                raise Unsaved(f"the imported model could not be saved in {workdir}: {why}")
+    count = sum(value.size for value in released.weights.values())
+    return {"mode": "import", "workdir": str(workdir), "checkpoint": released.step, "parameters": count}
+
+
+def read_checkpoint(source: Path) -> Released:
+    """Weights and hyper-parameters of a Lightning checkpoint. Nothing in the file is run.
+
+    Raises:
+      UserError: the file is not there or not such a checkpoint, or PyTorch is not installed.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--mode=import reads with PyTorch: `uv sync --extra import`") from None
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the file system, of zip files, of the unpickler that refuses what is no weight
+        raise UserError(f"cannot read the checkpoint {source}: {brief(error)}") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{source} is no checkpoint of the released program: it has no state_dict of tensors")
+    weights = {
+        name.removeprefix("model."): value.float().numpy() for name, value in state.items() if name not in NO_PARAMETERS
+    }
+    fields = content.get("hyper_parameters", {})
+    return Released(weights, dict(fields), int(content.get("global_step", 0)))
+
+
+def check_fields(config: ConfigDict, released: Released, wanted: Architecture, source: Path) -> None:
+    """Refuse a model other than the config's.
+
+    Raises:
+      UserError: naming each field that differs, with both values.
+    """
+    is_dblock = LABELS in released.weights
+    if is_dblock != (config.model_type == "dblock"):
+        kind = "dblock" if is_dblock else "vit"
+        raise UserError(f"{source} holds a model of another kind: set --config.model_type={kind}")
+    found = read_architecture(released.weights, config)
+    differing = {name: (getattr(found, name), getattr(wanted, name)) for name in SIZES}
+    if is_dblock:
+        differing |= {name: (released.fields[name], config[name]) for name in SAME_FIELDS if name in released.fields}
+    lines = [f"{name} is {there}, not {here}" for name, (there, here) in differing.items() if there != here]
+    if lines:
+        raise UserError(
+            f"{source} is of another model than the config: {'; '.join(lines)}. Set them by --config.FIELD=VALUE; "
+            "channels and num_labels are those of the data set"
+        )

@@ -1,0 +1,171 @@
+"""A trained model, ready to classify: from a run's folder or from an exported one, without its data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from dblocks_jax.data.datasets import Card
+from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
+from dblocks_jax.run.devices import make_mesh, on_cpu, replicate
+from dblocks_jax.run.errors import Unusable, UserError, brief
+from dblocks_jax.run.workdir import CONFIG, read_saved, scores
+from dblocks_jax.training.build import Blueprint, Classifier, make_classifier, new_model
+from dblocks_jax.training.config import (
+    architecture,
+    arithmetic,
+    check_config,
+    for_evaluation,
+    rest_on_host,
+    trained_blocks,
+)
+from dblocks_jax.training.optimizer import Params
+
+# An exported folder: parameters, and beside them CONFIG with what is needed to use them.
+WEIGHTS = "model.safetensors"
+FOLDER_FORMAT = "dblocks_jax 1"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its numbers. Call it with a batch of images.
+
+    Images are uint8 [b, h, w, c] as they are in the data set: normalisation is inside, and every batch size compiles
+    once. Under `init_noise_scale` > 0 an image's noise depends on the seed and on its place in the batch.
+    """
+
+    config: ConfigDict = field(repr=False)
+    card: Card  # class names; height, width and channels of the images
+    step: int  # of training
+    blueprint: Blueprint = field(repr=False)
+    params: dict[str, Params] = field(repr=False)  # by part
+    classify: Classifier = field(repr=False)
+
+    def __call__(self, images: UInt8[np.ndarray | Array, "b h w c"]) -> Float[Array, "b classes"]:
+        """The model's answer: logits.
+
+        Raises:
+          UserError: the images have another type or shape than those it was trained on.
+        """
+        return self.by_step(images)[-1]
+
+    def by_step(self, images: UInt8[np.ndarray | Array, "b h w c"]) -> Float[Array, "n b classes"]:
+        """Logits after each denoising step; the last ones are the answer. The plain model has one step.
+
+        Raises:
+          UserError: the images have another type or shape than those it was trained on.
+        """
+        if images.dtype != np.uint8 or images.shape[1:] != self.card.image_shape:
+            raise UserError(
+                f"images must be uint8 [b, {', '.join(map(str, self.card.image_shape))}], "
+                f"not {images.dtype} {list(images.shape)}"
+            )
+        with arithmetic(self.config):
+            return self.classify(self.params, jnp.asarray(images), jnp.arange(len(images), dtype=jnp.int32))
+
+
+def load_classifier(folder: str | Path, checkpoint: str = "best") -> Trained:
+    """The trained model of a run, whose `checkpoint` is "best", "last" or a step; or that of an exported folder.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    folder = Path(folder)
+    return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+
+
+def load_exported(folder: Path) -> Trained:
+    """The model that `--mode=export` wrote into a folder.
+
+    Raises:
+      UserError: a file is missing or damaged, or the parameters are not those of its config.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    about = read_saved(folder, CONFIG)
+    if not isinstance(about, dict) or about.get("format") != FOLDER_FORMAT:
+        raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
+    try:
+        arrays = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({brief(error)})") from error
+    try:
+        config, card, step = ConfigDict(about["config"]), Card.of(about["data"]), int(about["step"])
+        check_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field is missing, or not of its type
+        raise UserError(f"{folder / CONFIG} cannot be used ({brief(error)})") from error
+    with on_cpu():
+        blueprint, fresh = Blueprint.of(new_model(config, architecture(config, card)))
+    expected, found = ({name: describe(array) for name, array in of.items()} for of in (parameter_names(fresh), arrays))
+    if differing := differences(expected=expected, found=found):
+        raise UserError(f"{folder / WEIGHTS} does not fit its config:\n  " + "\n  ".join(differing))
+    paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
+    return Trained(config, card, step, blueprint, params, make_classifier(config, blueprint, card))
+
+
+def parameter_names(params: dict[str, Params]) -> dict[str, Any]:
+    """Every array by its name, such as "block_0.layers.1.mlp.output.kernel"."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def load_run(
+    workdir: Path,
+    *,
+    checkpoint: str,
+    config: ConfigDict | None = None,
+    overrides: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Trained, dict[str, Any]]:
+    """(a run's model on every device of the mesh, what its checkpoint tells of the run).
+
+    `config` supplies fields that an older run did not have, `overrides` are what the command line says of the sampler.
+
+    Raises:
+      UserError: there is no such run or checkpoint, it is damaged, or an override contradicts it.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
+    save_top_k = (read_saved(workdir, CONFIG) or {}).get("save_top_k", 0)
+    with (
+        Checkpoints(workdir, scores=scores(workdir, "val"), save_top_k=save_top_k, read_only=True) as checkpoints,
+        _offering_others(checkpoints.steps()),
+    ):
+        step = checkpoints.find(checkpoint)
+        run = checkpoints.run(step)
+        given = ConfigDict(run["config"]) if config is None else config
+        merged = for_evaluation(run["config"], overrides or {}, given)
+        check_config(merged)
+        blocks = trained_blocks(merged)
+        if merged.model_type == "dblock" and len(blocks) < merged.num_blocks:
+            raise UserError(
+                f"{workdir} trained only blocks {list(blocks)} of {merged.num_blocks}: join by --mode=merge"
+            )
+        card = Card.of(run["data"])
+        with on_cpu():
+            blueprint, params = Blueprint.of(new_model(merged, architecture(merged, card)))
+            params = jax.device_get(params)
+        memory = "pinned_host" if rest_on_host(merged) else "device"
+        params = checkpoints.restore_params(step, replicate(params, mesh or make_mesh(), memory))
+    return Trained(merged, card, step, blueprint, params, make_classifier(merged, blueprint, card)), run
+
+
+@contextmanager
+def _offering_others(steps: list[int]) -> Iterator[None]:
+    try:
+        yield
+    except Unusable as error:
+        raise UserError(f"{error}. --checkpoint chooses another; there are {steps}") from error

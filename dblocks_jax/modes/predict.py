@@ -1,0 +1,139 @@
+"""Classify image files with a trained model, and tell how sure it became from step to step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dblocks_jax.data.datasets import IMAGE_SUFFIXES, read_images
+from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.workdir import write_json
+from dblocks_jax.training.build import sampler_plan
+from dblocks_jax.training.config import arithmetic
+
+PREDICTIONS = "predictions.json"
+MOST_ROWS = 50  # of the printed table; the file has all
+MOST_LABELS = 5
+
+
+def predict(
+    config: ConfigDict, workdir: Path, images: Sequence[str], *, overrides: dict[str, Any], checkpoint: str
+) -> dict[str, Any]:
+    """Classify files, and folders with all below them: print a table, and write PREDICTIONS into the workdir.
+
+    Raises:
+      UserError: there is no such run or image, or it cannot be read.
+    """
+    paths = find_images(images)
+    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    probabilities = classify_files(trained, paths)
+    steps = describe_steps(trained.config)
+    records = [
+        describe(str(path), probabilities[:, i], trained.card.class_names, steps) for i, path in enumerate(paths)
+    ]
+    write_json(workdir / PREDICTIONS, records)
+    print_table(records)
+    return {
+        "mode": "predict",
+        "workdir": str(workdir),
+        "checkpoint": trained.step,
+        "num_images": len(paths),
+        "predictions": str(workdir / PREDICTIONS),
+    }
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """The image files that are named, and those below the folders that are named, in the order of their paths.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    found: list[Path] = []
+    for path in map(Path, names):
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if _is_image(file, path))
+            if not inside:
+                raise UserError(f"{path} holds no image: none below it ends in {', '.join(IMAGE_SUFFIXES)}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"there is no image {path}")
+    if not found:
+        raise UserError("--mode=predict needs --images: files or folders")
+    return found
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    is_hidden = any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not is_hidden
+
+
+def classify_files(trained: Trained, paths: Sequence[Path]) -> Float[np.ndarray, "n images classes"]:
+    """Probabilities after each denoising step. All batches have the size of the first, so one program serves them.
+
+    Raises:
+      UserError: an image cannot be read.
+    """
+    size = min(trained.config.eval_batch_size, len(paths))
+    batches = []
+    for start in range(0, len(paths), size):
+        positions = np.minimum(np.arange(start, start + size), len(paths) - 1)  # the last image fills the last batch
+        pixels = read_images([paths[i] for i in positions], trained.card.image_shape)
+        with arithmetic(trained.config):
+            logits = trained.classify(trained.params, jnp.asarray(pixels), jnp.asarray(positions, jnp.int32))
+        batches.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
+    return np.concatenate(batches, axis=1)[:, : len(paths)]
+
+
+def describe_steps(config: ConfigDict) -> list[dict[str, Any]]:
+    """The noise level and the block of each denoising step; for the plain model one step without either."""
+    if config.model_type == "vit":
+        return [{}]
+    return [{"sigma": float(sigma), "block": block} for sigma, block in zip(*sampler_plan(config), strict=True)]
+
+
+def describe(
+    path: str, probabilities: Float[np.ndarray, "n classes"], class_names: Sequence[str], steps: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One image: the likeliest classes, and after each step what was believed and how likely the answer was."""
+    final = probabilities[-1]
+    best = np.argsort(-final, kind="stable")[:MOST_LABELS]
+    by_step = [
+        step
+        | {
+            "label": class_names[int(np.argmax(believed))],
+            "probability": float(np.max(believed)),
+            "probability_of_answer": float(believed[best[0]]),
+        }
+        for step, believed in zip(steps, probabilities, strict=True)
+    ]
+    top = [{"label": class_names[int(label)], "probability": float(final[label])} for label in best]
+    return {"image": path, "top5": top, "by_step": by_step}
+
+
+def _as_is(name: str) -> Text:
+    """A name, of which rich shall read nothing as its own language; bytes that are no text become question marks."""
+    return Text(name.encode("utf-8", "replace").decode())
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """What `describe` says of each image, a line each."""
+    table = Table("image", "answer", "probability", "step by step", box=None)
+    for record in records[:MOST_ROWS]:
+        steps = " > ".join(f"{step['probability_of_answer']:.1%}" for step in record["by_step"])
+        answer = record["top5"][0]
+        table.add_row(_as_is(record["image"]), _as_is(answer["label"]), f"{answer['probability']:.1%}", steps)
+    console = Console()
+    console.print(table)
+    if len(records) > MOST_ROWS:
+        console.print(f"and {len(records) - MOST_ROWS} more")

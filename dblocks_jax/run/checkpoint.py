@@ -1,0 +1,335 @@
+"""Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from dblocks_jax.run.errors import Unusable, UserError, brief
+from dblocks_jax.run.processes import are_several, first_process_first, is_first
+from dblocks_jax.training.optimizer import Params, Part, params_of
+
+FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
+# Items of a checkpoint, apart so that evaluation reads the parameters alone.
+PARAMS, ADAM, RUN = "params", "adam", "run"
+FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
+LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, by step. As a context manager it waits for writes.
+
+    A save that fails is logged at once and listed in `failed`; training may go on, and the checkpoints before it are
+    intact. Besides the latest, the `save_top_k` best by `scores` (step -> validation accuracy, may grow) are kept.
+    """
+
+    def __init__(
+        self, workdir: Path, *, scores: Mapping[int, float] | None = None, save_top_k: int = 0, read_only: bool = False
+    ):
+        self.failed: dict[int, str] = {}  # step -> why it could not be saved
+        self._workdir = workdir
+        self._folder = (workdir / FOLDER).absolute()
+        self._scores = {} if scores is None else scores
+        self._save_top_k = save_top_k
+        self._read_only = read_only
+        self._taken_over: set[int] = set()  # steps that were saved or restored here
+        self._latest_save = 0
+        self._opened: Any = None
+        assert self._manager
+
+    @property
+    def _manager(self) -> Any:
+        """Orbax's, opened anew after a save that failed: it may take that checkpoint for one that is there."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,  # what a killed process left behind
+            preservation_policy=_LatestAndBest(self._scores, self._save_top_k),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            # Asynchronously, Orbax waits 20 minutes for a folder that cannot be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        handlers = {
+            PARAMS: ocp.StandardCheckpointHandler(),
+            ADAM: ocp.StandardCheckpointHandler(),
+            RUN: ocp.JsonCheckpointHandler(),
+        }
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        if self._opened is not None:
+            self._opened.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return saved_steps(self._workdir)
+
+    def holds(self, step: int) -> bool:
+        """Whether the state at `step` is safe: on disk, or that of the start. From any thread."""
+        return step == 0 or (self._folder / str(step)).is_dir()
+
+    def best(self) -> list[int]:
+        """Steps of the checkpoints that have a score, the best first; none where none is kept for its score.
+
+        Which are left then beside the latest depends on when the run was interrupted.
+        """
+        return _ranked(self.steps(), self._scores) if self._save_top_k else []
+
+    def find(self, which: str) -> int:
+        """The step that "best", "last" or a number names.
+
+        Raises:
+          UserError: there is no checkpoint, or not that one.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"{self._workdir} holds no checkpoint yet: train it first")
+        found = {"best": [*self.best(), steps[-1]][0], "last": steps[-1]}.get(
+            which, int(which) if which.isdecimal() else None
+        )
+        if found not in steps:
+            raise UserError(f"{self._workdir} has no checkpoint {which!r}; choose best, last or one of {steps}")
+        return found
+
+    def save(self, step: int, parts: dict[str, Part], run: dict[str, Any]) -> None:
+        """Write parameters, optimizer state and what `run` tells; returns before all is on disk.
+
+        Data and random numbers are functions of the step, so nothing of them is kept. The arrays may be donated as soon
+        as this returns. A step that was saved or restored here is left as it is.
+        """
+        if step in self._taken_over:
+            return
+        self.wait()
+        self._taken_over.add(step)
+        trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
+        checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
+        record = {"format": FORMAT, "checksums": checksums, "run": run}
+        items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
+        with self._noting_failure(step):
+            self._latest_save = step
+            args = self._ocp.args.Composite(**items, **{RUN: self._ocp.args.JsonSave(record)})
+            if not self._manager.save(step, args=args):
+                raise RuntimeError("Orbax did not begin to save")
+
+    def look(self) -> None:
+        """Notice a save that has failed meanwhile. Does not wait."""
+        # Not Orbax's `check_for_errors`: who asks takes the error away from the thread that would remove older
+        # checkpoints only after a success.
+        if not self.is_saving():
+            self.wait()
+
+    def is_saving(self) -> bool:
+        """Whether something is being written or removed. From any thread."""
+        return self._opened is not None and self._opened.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        if self._opened is not None:
+            with self._noting_failure(self._latest_save):
+                self._opened.wait_until_finished()
+
+    @contextmanager
+    def _noting_failure(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the file system, by way of Orbax or TensorStore, which raise many types
+            if self._read_only or are_several():  # of several processes some may have succeeded: they must all end
+                raise
+            reason = brief(error)
+            self.failed[step] = reason
+            logging.error("cannot save step %d in %s; what was saved before is intact (%s)", step, self._folder, reason)
+            with suppress(Exception):
+                self._opened.close()
+            self._opened = None
+            self._taken_over.discard(step)
+
+    def resume(self, parts: dict[str, Part]) -> tuple[int, dict[str, Part], dict[str, Any]]:
+        """(step, parts, run) of the newest checkpoint that is sound, shaped and placed like `parts`.
+
+        Step 0, `parts` and {} where there is none. Newer ones that cannot be used are moved to DAMAGED, and named.
+
+        Raises:
+          UserError: none of the checkpoints can be used.
+        """
+        unusable: dict[int, Unusable] = {}
+        for step in reversed(self.steps()):
+            try:
+                run = self.run(step)
+                restored = self.restore(step, parts)
+            except Unusable as error:
+                unusable[step] = error
+                continue
+            for newer, error in unusable.items():
+                logging.error("%s. It is moved to %s", error, self._set_aside(newer))
+            self._taken_over.add(step)
+            return step, restored, run
+        if unusable:
+            raise UserError(
+                "; ".join(map(str, unusable.values()))
+                + f". No other is left: restore one, or delete {self._workdir} to start anew"
+            )
+        return 0, parts, {}
+
+    def _set_aside(self, step: int) -> Path:
+        folder = self._workdir / DAMAGED
+        place = next(place for i in count() if not (place := folder / f"{step}_{i}").exists())
+        with first_process_first("damaged"):
+            if is_first():
+                folder.mkdir(exist_ok=True)
+                (self._folder / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+    def restore(self, step: int, parts: dict[str, Part]) -> dict[str, Part]:
+        """The parts as saved at `step`, shaped and placed like `parts`.
+
+        Raises:
+          Unusable: the checkpoint is damaged, or holds other parameters.
+        """
+        wanted = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        restored = self._restore(step, wanted)
+        return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
+
+    def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
+        """The parameters alone, shaped and placed like `params`.
+
+        Raises:
+          Unusable: the checkpoint is damaged, or holds other parameters.
+        """
+        return self._restore(step, {PARAMS: params})[PARAMS]
+
+    def run(self, step: int) -> dict[str, Any]:
+        """What a checkpoint knows of its run: the `run` it was saved with.
+
+        Raises:
+          Unusable: it is damaged, or of another format.
+        """
+        return self._record(step)["run"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        with self._naming_what_is_damaged(step):
+            item = self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()})
+            record = self._manager.restore(step, args=item)[RUN]
+            found = record.get("format", 1)
+            if found == FORMAT and _checksum_of_json(record["run"]) != record["checksums"][RUN]:
+                raise ValueError("what it tells of its run is not what was saved")
+        if found != FORMAT:
+            raise Unusable(
+                f"the checkpoint {self._folder / str(step)} has format {found}, but this version of the program reads "
+                f"format {FORMAT}: use the version that wrote it"
+            )
+        return record
+
+    def _restore(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        checksums = self._record(step)["checksums"]
+        with self._naming_what_is_damaged(step):
+            metadata = self._manager.item_metadata(step)
+            found = {item: _shapes(metadata[item].tree) for item in wanted}
+        for item, tree in wanted.items():
+            differing = differences(expected=_shapes(tree), found=found[item])
+            if differing:
+                raise Unusable(
+                    f"checkpoint {step} of {self._workdir} does not fit this model:\n  " + "\n  ".join(differing)
+                )
+        with self._naming_what_is_damaged(step):
+            like = {item: jax.tree.map(self._ocp.utils.to_shape_dtype_struct, tree) for item, tree in wanted.items()}
+            items = {item: self._ocp.args.StandardRestore(tree) for item, tree in like.items()}
+            read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+            restored = {item: read[item] for item in wanted}
+            for item in wanted:
+                for name, checksum in _checksums(restored[item]).items():
+                    if checksum != checksums[item][name]:
+                        raise ValueError(f"{item} of {name} are not what was saved")
+        return restored
+
+    @contextmanager
+    def _naming_what_is_damaged(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):  # no room to read it
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise Unusable(f"the checkpoint {self._folder / str(step)} is damaged ({brief(error)})") from error
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints in a workdir, ascending. What is being written has another name."""
+    folder = workdir / FOLDER
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+class _LatestAndBest:
+    """Which checkpoints Orbax keeps."""
+
+    def __init__(self, scores: Mapping[int, float], save_top_k: int):
+        self._scores = scores
+        self._save_top_k = save_top_k
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        del context
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-LATEST_KEPT:], *_ranked(steps, self._scores)[: self._save_top_k]}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _ranked(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
+    """Those that have a score, the best first; of equal ones the later."""
+    return sorted((step for step in steps if step in scores), key=lambda step: (-scores[step], -step))
+
+
+def _checksums(tree: dict[str, Any]) -> dict[str, int]:
+    """CRC-32 of each part's arrays, bit for bit. Waits for them."""
+
+    def checksum(part: Any) -> int:
+        leaves = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(part))
+        crc = 0
+        for _, leaf in leaves:
+            crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
+        return crc
+
+    return {name: checksum(part) for name, part in tree.items()}
+
+
+def _checksum_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Path of each leaf -> its dtype and shape. Orbax turns list indices and integer keys into strings: so do we."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf) for path, leaf in leaves}
+
+
+def describe(array: Any) -> str:
+    """Type and shape in words."""
+    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def differences(*, expected: dict[str, str], found: dict[str, str]) -> list[str]:
+    """One line for each parameter that is missing, unexpected, or of another shape or type."""
+    return [
+        f"{path}: expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')}"
+        for path in sorted(expected.keys() | found.keys())
+        if expected.get(path) != found.get(path)
+    ]

@@ -1,0 +1,1 @@
+"""What is trained: one room a task, where a network becomes a denoiser."""
