@@ -23,7 +23,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import common
+from configs import classify
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
@@ -48,6 +48,7 @@ RUNS = flags.DEFINE_list("runs", [], "For compare: folders of runs, with commas 
 IMAGES = flags.DEFINE_list("images", [], "For predict: image files and folders, with commas or spaces between.")
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
+DEFAULTS = {"classify": classify}  # task -> the config file with all of its fields
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "report", "export"),
@@ -92,10 +93,12 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
         return (
             None if mode == "compare" else "--config is missing: name a file, such as --config=configs/dblock_digits.py"
         )
-    differing = set(config) ^ set(common.get_config()) if isinstance(config, ConfigDict) else {"its type"}
-    if differing:
+    task = config.get("task") if isinstance(config, ConfigDict) else None
+    if task not in DEFAULTS:
+        return f"get_config must return a ConfigDict whose task is one of {', '.join(DEFAULTS)}, not {task!r}"
+    if differing := set(config) ^ set(DEFAULTS[task].get_config()):
         names = ", ".join(sorted(differing))
-        return f"get_config must return the ConfigDict of configs/common.py; differing: {names}"
+        return f"get_config must return the fields of configs/{task}.py; differing: {names}"
     return None
 
 
@@ -156,7 +159,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
     start = {"overrides": overrides, "command": sys.argv}
     match MODE.value:
         case "train":
-            from dblocks_jax.training.loop import train
+            from dblocks_jax.modes.train import train
 
             return train(config, workdir, stop=stop, **start)
         case "eval":

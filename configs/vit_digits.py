@@ -5,11 +5,11 @@ TIME: 0.8 minutes on 2 CPU cores.
 ACCURACY: 98.0 +- 0.6 % (5 seeds, 360 test images).
 """
 
-from configs import common
+from configs import classify
 
 
 def get_config():
-    config = common.get_config()
+    config = classify.get_config()
     config.model_type = "vit"
     config.dataset = "digits"
     config.image_size = 8

@@ -5,11 +5,11 @@ TIME: depends on your images; the model is the one of CIFAR, at 32 pixels.
 ACCURACY: depends on your images.
 """
 
-from configs import common
+from configs import classify
 
 
 def get_config():
-    config = common.get_config()
+    config = classify.get_config()
     config.model_type = "vit"
     config.dataset = "folder"
     config.data_dir = "images"

@@ -5,11 +5,11 @@ TIME: not measured by us, and the paper gives none.
 ACCURACY: not measured by us; the paper reached 35.32 %.
 """
 
-from configs import common
+from configs import classify
 
 
 def get_config():
-    config = common.get_config()
+    config = classify.get_config()
     config.model_type = "vit"
     config.dataset = "tiny_imagenet"
     config.image_size = 64

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: Grain over indices, so that a whole batch of images is gathered in one call."""
+"""Batches for training and evaluation: Grain over indices, so that a whole batch is gathered in one call."""
 
 import sys
 import zlib
@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from dblocks_jax.data.datasets import Source
+from dblocks_jax.data.source import Source
 from dblocks_jax.run.errors import UserError
 
 # Enough to hide a batch of decoding behind a step. Grain's own 16 threads and 500 batches would fill the memory at 224
@@ -62,7 +62,7 @@ def batch_indices(num_images: int, *, batch_size: int, seed: int) -> Callable[[i
 def train_batches(
     source: Source, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batches:
-    """Endless dict(image: uint8 [b, h, w, c], label: int32 [b]) with b = batch_size / process_count.
+    """Endless batches of b = batch_size / process_count examples.
 
     The batches are those of `batch_indices`; process i gets the i-th part of each.
 
@@ -75,11 +75,9 @@ def train_batches(
     if batch_size % process_count:
         raise UserError(f"batch_size={batch_size} must be a multiple of the {process_count} processes")
     share = batch_size // process_count
-    labels = source.labels  # once: of a subset they are gathered
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        mine = indices(step)[process_index * share : (process_index + 1) * share]
-        return {"image": source.images(mine), "label": labels[mine]}
+        return source.take(indices(step)[process_index * share : (process_index + 1) * share])
 
     # Not MapDataset.shuffle: it draws one index at a time, which takes longer than gathering the images.
     return cast(Batches, iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options())))
@@ -88,25 +86,20 @@ def train_batches(
 def eval_batches(
     source: Source, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Each image once, in order: dict(image: uint8 [b, h, w, c], label, position: int32 [b], mask: bool [b]).
+    """Each example once, in order, as a dict, and position: int32 [b], mask: bool [b] beside what the source gives.
 
-    The last batch is filled with repetitions of the last image, where mask is False: all batches have one shape.
+    The last batch is filled with repetitions of the last example, where mask is False: all batches have one shape.
     Process i gets the i-th part of each batch: b = batch_size / process_count.
     """
     import grain
 
-    labels = source.labels
     share = batch_size // process_count
 
     def batch(start: int) -> dict[str, np.ndarray]:
         positions = start + process_index * share + np.arange(share)
         indices = np.minimum(positions, len(source) - 1)
-        return {
-            "image": source.images(indices),
-            "label": labels[indices],
-            "position": positions.astype(np.int32),
-            "mask": positions < len(source),
-        }
+        where = {"position": positions.astype(np.int32), "mask": positions < len(source)}
+        return source.take(indices) | where
 
     return iter(grain.MapDataset.range(0, len(source), batch_size).map(batch).to_iter_dataset(_read_options()))
 

@@ -32,6 +32,12 @@ class Source(Protocol):
     def labels(self) -> Int32[np.ndarray, " n"]: ...
     def __len__(self) -> int: ...
     def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]: ...
+    def take(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]: ...
+
+
+def labelled(source: Source, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+    """What training takes: {"image": [b, h, w, c], "label": int32 [b]}."""
+    return {"image": source.images(indices), "label": source.labels[indices]}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class ArraySource:
 
     def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
         return self.pixels[indices]
+
+    def take(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        return labelled(self, indices)
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,9 @@ class FileSource:
                 raise UserError(f"the image {self.paths[i]} has changed since training began")
         return _decode_all([self.paths[i] for i in indices], self.image_size, chunk=1)
 
+    def take(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        return labelled(self, indices)
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -87,6 +99,9 @@ class Subset:
 
     def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
         return self.source.images(self.indices[indices])
+
+    def take(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        return self.source.take(self.indices[indices])
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,23 @@ class Dataset(Card):
           UserError: an image cannot be read, or too few images for "val".
         """
         return self.load(which)
+
+    def check_same(self, saved: dict[str, Any], where: str) -> None:
+        """Refuse data of other classes than those that a run was trained on.
+
+        Raises:
+          UserError: naming what differs.
+        """
+        was, now = saved["class_names"], list(self.class_names)
+        if was != now:
+            lost, new = [name for name in was if name not in now], [name for name in now if name not in was]
+            raise UserError(
+                f"{where} was trained on other classes: missing are {lost or 'none'}, new are {new or 'none'}"
+            )
+
+    def describe(self) -> str:
+        """In words, without the number of images."""
+        return f"images of {len(self.class_names)} classes, {self.image_shape}"
 
 
 @dataclass(frozen=True)

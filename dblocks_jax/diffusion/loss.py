@@ -15,14 +15,16 @@ def cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Floa
     return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
 
 
-def weighted_loss(ce: Float[Array, " b"], weight: Float[Array, " b"], weighting: Weighting) -> Float[Array, ""]:
-    """One number from each sample's cross-entropy and its w(sigma).
+def weighted_loss(
+    losses: Float[Array, " b"], weight: Float[Array, " b"] | None, weighting: Weighting
+) -> Float[Array, ""]:
+    """One number from each sample's loss and its w(sigma), if it has one.
 
-    "per_sample": mean(w * ce), the paper's Eq. 6. "batch_mean": mean(w) * mean(ce), what the released code minimises
-    (its weights broadcast against the wrong axis). "none": mean(ce).
+    "per_sample": mean(w * loss), the paper's Eq. 6. "batch_mean": mean(w) * mean(loss), what the released code minimises
+    (its weights broadcast against the wrong axis). "none": mean(loss).
     """
+    if weight is None or weighting == "none":
+        return jnp.mean(losses)
     if weighting == "per_sample":
-        return jnp.mean(weight * ce)
-    if weighting == "batch_mean":
-        return jnp.mean(weight) * jnp.mean(ce)
-    return jnp.mean(ce)
+        return jnp.mean(weight * losses)
+    return jnp.mean(weight) * jnp.mean(losses)

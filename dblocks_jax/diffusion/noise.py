@@ -99,11 +99,6 @@ def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: flo
     return SigmaRange(*(np.float32(value) for value in (low, high, below, above, 1.0 - below - above)))
 
 
-def stack_ranges(ranges: Sequence[SigmaRange]) -> SigmaRange:
-    """Several blocks' intervals as one, each field float32 [blocks]."""
-    return SigmaRange(*(np.array(field, np.float32) for field in zip(*ranges, strict=True)))
-
-
 def sample_sigma(
     key: Key[Array, ""], count: int, within: SigmaRange, *, p_mean: float, p_std: float
 ) -> Float[Array, " {count}"]:

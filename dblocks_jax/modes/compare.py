@@ -18,7 +18,8 @@ from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import CONFIG, DATA, logged, read_saved
-from dblocks_jax.training.config import FREE_TO_CHANGE, count_steps
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps
 
 PAGE = "compare.html"
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
@@ -110,7 +111,7 @@ def read(workdir: Path) -> Run:
         )
     if result["mode"] == "train":
         images = (read_saved(workdir, DATA) or {}).get("images")
-        if images is not None and result["step"] < (steps := count_steps(ConfigDict(config), images).steps):
+        if images is not None and result["step"] < (steps := _steps_of(config, images)):
             raise UserError(f"{workdir} is not finished: its result is of step {result['step']} of {steps}")
     report = read_saved(workdir, REPORT) or {}
     if report.get("checkpoint") != result["checkpoint"] or not _is_sampled_as(config, report, "num_inference_steps"):
@@ -158,6 +159,11 @@ def _row(each: Group) -> dict[str, Any]:
         "macro_f1_mean": each.mean_and_deviation("macro_f1")[0],
         "cross_entropy_mean": each.mean_and_deviation("cross_entropy")[0],
     }
+
+
+def _steps_of(config: dict[str, Any], images: int) -> int:
+    of_run = ConfigDict(SINCE | config)
+    return count_steps(entry_of(of_run), of_run, images).steps
 
 
 def _cross_entropy(workdir: Path) -> tuple[list[int], list[float]]:

@@ -13,12 +13,24 @@ import numpy as np
 from jax import export
 from ml_collections import ConfigDict
 
-from dblocks_jax.modes.load import CONFIG, FOLDER_FORMAT, WEIGHTS, Trained, load_exported, load_run, parameter_names
+from dblocks_jax.modes.load import (
+    CONFIG,
+    FOLDER_FORMAT,
+    WEIGHTS,
+    Classifier,
+    Trained,
+    load_exported,
+    load_run,
+    only,
+    parameter_names,
+)
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.workdir import read_saved, write_json, writing
-from dblocks_jax.training.config import ARITHMETIC_FIELDS, SAMPLER_FIELDS, arithmetic
-from dblocks_jax.training.overview import noise_ranges, num_parameters
+from dblocks_jax.tasks.classify.config import SAMPLER_FIELDS
+from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
+from dblocks_jax.training.overview import describe_shares, num_parameters
 
 FOLDER, PROGRAM, CARD = "export", "classifier.stablehlo", "README.md"
 PLATFORMS = ("cpu", "cuda")
@@ -38,12 +50,13 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     """
     # One program for all platforms: nothing may wait on the host.
     overrides = overrides | {"idle_blocks": "device"}
-    trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    loaded, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     folder, temporary, old = (workdir / name for name in (FOLDER, f".{FOLDER}", f".{FOLDER}_before"))
     # All of it on a CPU: a GPU rounds products to TF32, and so two programs of one model may differ there by more than
     # TOLERANCE. The weights lie on no device in particular, else the program would ask for as many as they were on.
     with on_cpu(), writing(folder):
-        trained = replace(trained, params=jax.tree.map(jnp.asarray, jax.device_get(trained.params)))
+        on_host = jax.tree.map(jnp.asarray, jax.device_get(loaded.params))
+        trained = Classifier(only(CLASSIFY, replace(loaded, params=on_host), workdir))
         for left_over in (temporary, old):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
@@ -67,7 +80,7 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     }
 
 
-def write_weights(trained: Trained, folder: Path) -> None:
+def write_weights(trained: Trained | Classifier, folder: Path) -> None:
     """The parameters by name, such as block_0.layers.1.mlp.output.kernel, and what is needed to use them."""
     from safetensors.numpy import save
 
@@ -79,7 +92,7 @@ def write_weights(trained: Trained, folder: Path) -> None:
     write_json(folder / CONFIG, about | {"config": config})
 
 
-def to_program(trained: Trained) -> bytes:
+def to_program(trained: Classifier) -> bytes:
     """The classifier as a serialised StableHLO program for PLATFORMS and any batch size."""
 
     def classify(images):
@@ -102,20 +115,20 @@ def _no_source_paths() -> Iterator[None]:
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def largest_difference(trained: Trained, folder: Path) -> float:
+def largest_difference(trained: Classifier, folder: Path) -> float:
     """Between the logits of the model and those of what was written of it, on random images."""
     shape = (TRIED_IMAGES, *trained.card.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = np.asarray(trained(images))
     program = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
-    found = [np.asarray(program.call(images)), np.asarray(load_exported(folder)(images))]
+    found = [np.asarray(program.call(images)), np.asarray(Classifier(load_exported(folder))(images))]
     difference = max(float(np.abs(logits - expected).max()) for logits in found)
     if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
         raise RuntimeError(f"what was exported gives other logits: they differ by {difference}")
     return difference
 
 
-def accuracy(workdir: Path, trained: Trained) -> float | None:
+def accuracy(workdir: Path, trained: Classifier) -> float | None:
     """The accuracy on the test split that is on record for a checkpoint, classified as `trained` does it."""
     fields = ARITHMETIC_FIELDS + (SAMPLER_FIELDS if trained.config.model_type == "dblock" else ())
     of_run = read_saved(workdir, CONFIG) or {}
@@ -129,7 +142,7 @@ def accuracy(workdir: Path, trained: Trained) -> float | None:
     return None
 
 
-def model_card(trained: Trained, top1: float | None, imported: str | None = None) -> str:
+def model_card(trained: Classifier, top1: float | None, imported: str | None = None) -> str:
     """The page that a model hub shows: facts for its search, then what the model is and how to use it.
 
     `imported` names the file that the weights came from, if they were not trained here.
@@ -159,7 +172,7 @@ def model_card(trained: Trained, top1: float | None, imported: str | None = None
         "step": trained.step,
         "imported": imported,
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
-        "noise_ranges": noise_ranges(config),
+        "noise_ranges": describe_shares(trained.trained.task),
         "program": PROGRAM,
         "weights": WEIGHTS,
     }

@@ -7,14 +7,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.reference import LABELS, from_reference, read_architecture
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.errors import Unsaved, UserError, brief
-from dblocks_jax.training.build import Blueprint
-from dblocks_jax.training.config import architecture, check_config, find_dataset
+from dblocks_jax.tasks.classify.config import architecture
+from dblocks_jax.tasks.classify.parts import to_modules
+from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.tasks.images import find_dataset
+from dblocks_jax.training.config import check_config
 from dblocks_jax.training.optimizer import new_part
 
 NO_PARAMETERS = ("sigmas",)  # entries of the file that are computed, not learned
@@ -41,7 +45,9 @@ def import_released(
       UserError: the file cannot be read, or its model is not the one that `config` describes: each field is named.
       Unsaved: the run could not be written.
     """
-    check_config(config)
+    if config.task != CLASSIFY.name:
+        raise UserError(f"--mode=import makes a run of the task {CLASSIFY.name}, not of {config.task}")
+    check_config(CLASSIFY, config)
     if saved_steps(workdir):
         raise UserError(f"{workdir} holds a run already: name another --workdir for the imported one, or delete it")
     if config.sharing == "isolated":
@@ -50,7 +56,7 @@ def import_released(
     dataset = find_dataset(config)
     check_fields(config, released, architecture(config, dataset), source)
     with on_cpu():
-        _, params = Blueprint.of(from_reference(released.weights, config))
+        _, params = Blueprint.of(to_modules(from_reference(released.weights, config)))
         parts = {name: new_part(part) for name, part in jax.device_get(params).items()}
     card = dataset.to_dict() | {"images": len(dataset.split("train"))}
     with run_folder.claim(workdir):

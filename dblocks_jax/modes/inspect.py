@@ -4,47 +4,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.datasets import Dataset, Source
-from dblocks_jax.diffusion.noise import block_edges
-from dblocks_jax.models.dblock_vit import IsolatedDBlockViT, Shared
-from dblocks_jax.models.layers import Block
-from dblocks_jax.models.vit import ViT
-from dblocks_jax.modes.report import data_uri
+from dblocks_jax.diffusion.gaussian import Gaussian
 from dblocks_jax.pages import charts
+from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import on_cpu
-from dblocks_jax.tasks.classify.denoiser import denoise
-from dblocks_jax.training.build import Blueprint, new_model, sampler_plan
-from dblocks_jax.training.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    count_steps,
-    find_dataset,
-    noise_distribution,
-)
-from dblocks_jax.training.overview import noise_ranges, num_parameters
+from dblocks_jax.tasks.table import SHOWN, entry_of
+from dblocks_jax.training.config import arithmetic, check_config, count_steps
+from dblocks_jax.training.overview import describe_shares, num_parameters
+from dblocks_jax.training.setting import new_model
 
 PAGE = "inspect.html"
 DEPTH = 4  # of the module table: down to the parts of a layer
 NARROWEST = 150  # characters of the module table, which a narrower terminal would cut
 SAMPLES_OF_A_CLASS, MOST_CLASSES = 6, 20
-
-
-class Step(nnx.Module):
-    """One denoising step: a block with what it shares."""
-
-    def __init__(self, shared: Shared, block: Block, sigma_data: float):
-        self.shared, self.block, self.sigma_data = shared, block, sigma_data
-
-    def __call__(self, images, z, sigma):
-        """Logits."""
-        return denoise(self.shared, self.block, images, z, sigma, sigma_data=self.sigma_data)
 
 
 def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -53,36 +31,37 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: the config is wrong, its data cannot be had, or the page cannot be written.
     """
-    check_config(config)
-    dataset = find_dataset(config)
+    entry = entry_of(config)
+    check_config(entry, config)
+    dataset: Any = entry.find_data(config)
     train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
+    task, shown = entry.make(config, dataset), SHOWN[entry.name]
     with on_cpu(), arithmetic(config):
-        model = new_model(config, architecture(config, dataset))
-        table = tabulate(config, model, dataset)
-    _, params = Blueprint.of(model)
+        blueprint, params = new_model(task, config.seed)
+        together = blueprint.together([params[name] for name in blueprint.names(0)])
+        table = tabulate(*shown.step_of(task, together))
     parameters = {name: num_parameters(part) for name, part in params.items()}
-    length = count_steps(config, len(train))
+    length = count_steps(entry, config, len(train))
     splits = {"train": train, "val": val, "test": test}
     counts = {name: count_classes(split, dataset) for name, split in splits.items() if split is not None}
     print(table)
     for name, count in parameters.items():
         print(f"{name}: {count:,} parameters")
-    for block, text in noise_ranges(config).items():
+    for block, text in describe_shares(task).items():
         print(f"block {block}: sigma {text}")
     for name, of_class in counts.items():
         print(f"{name}: {sum(of_class):,} images, {min(of_class):,} to {max(of_class):,} of a class")
     drawn = {}
-    if config.model_type == "dblock":
-        noise = noise_distribution(config)
-        drawn["noise"] = charts.noise(noise, block_edges(noise, config.num_blocks), list(sampler_plan(config)[0]))
+    if isinstance(task.corruption, Gaussian):
+        drawn["noise"] = charts.noise(task.corruption.noise, task.corruption.edges, shown.levels_of(task))
     page = {
-        "name": f"{config.dataset}, {'plain ViT' if config.model_type == 'vit' else 'DiffusionBlocks'}",
+        "name": f"{config.dataset}, {entry.describe(config)}",
         "dataset": dataset,
         "counts": counts,
         "samples": samples(train, dataset),
         "table": table,
         "parameters": parameters,
-        "noise_ranges": noise_ranges(config),
+        "noise_ranges": describe_shares(task),
         "charts": drawn,
         "length": length,
     }
@@ -97,16 +76,11 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
 
 
-def tabulate(config: ConfigDict, model: Any, dataset: Dataset) -> str:
-    """The modules that one step runs, for one image: shapes, parameters, FLOPs. All blocks are alike: block 0's."""
-    images = jnp.zeros((1, *dataset.image_shape))
+def tabulate(module: nnx.Module, inputs: tuple[Any, ...]) -> str:
+    """The modules that one step runs, for one example: shapes, parameters, FLOPs. All blocks are alike."""
     width = max(NARROWEST, shutil.get_terminal_size().columns)
     options: Any = {"depth": DEPTH, "compute_flops": True, "console_kwargs": {"width": width, "force_terminal": False}}
-    if isinstance(model, ViT):
-        return nnx.tabulate(model, images, None, **options)
-    shared = model.shared[0] if isinstance(model, IsolatedDBlockViT) else model.shared
-    step = Step(shared, model.blocks[0], config.sigma_data)
-    return nnx.tabulate(step, images, jnp.zeros((1, config.hidden_size)), jnp.ones(1), **options)
+    return nnx.tabulate(module, *inputs, **options)
 
 
 def count_classes(split: Source, dataset: Dataset) -> list[int]:

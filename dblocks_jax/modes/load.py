@@ -1,8 +1,9 @@
-"""A trained model, ready to classify: from a run's folder or from an exported one, without its data."""
+"""A trained model, ready to use: from a run's folder or from an exported one, without its data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.datasets import Card
+from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
 from dblocks_jax.run.devices import make_mesh, on_cpu, replicate
 from dblocks_jax.run.errors import Unusable, UserError, brief
 from dblocks_jax.run.workdir import CONFIG, read_saved, scores
-from dblocks_jax.training.build import Blueprint, Classifier, make_classifier, new_model
-from dblocks_jax.training.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    for_evaluation,
-    rest_on_host,
-    trained_blocks,
-)
-from dblocks_jax.training.optimizer import Params
+from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.tasks.task import Entry, Task
+from dblocks_jax.training.config import SINCE, arithmetic, check_config, for_evaluation, rest_on_host, trained_blocks
+from dblocks_jax.training.setting import new_model
 
 # An exported folder: parameters, and beside them CONFIG with what is needed to use them.
 WEIGHTS = "model.safetensors"
@@ -36,18 +32,53 @@ FOLDER_FORMAT = "dblocks_jax 1"
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its numbers. Call it with a batch of images.
+    """A model with its numbers."""
+
+    entry: Entry = field(repr=False)
+    config: ConfigDict = field(repr=False)
+    card: Any  # what a newcomer must know of its data
+    step: int  # of training
+    task: Task = field(repr=False)
+    blueprint: Blueprint = field(repr=False)
+    params: dict[str, Params] = field(repr=False)  # by part
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier. Call it with a batch of images.
 
     Images are uint8 [b, h, w, c] as they are in the data set: normalisation is inside, and every batch size compiles
     once. Under `init_noise_scale` > 0 an image's noise depends on the seed and on its place in the batch.
     """
 
-    config: ConfigDict = field(repr=False)
-    card: Card  # class names; height, width and channels of the images
-    step: int  # of training
-    blueprint: Blueprint = field(repr=False)
-    params: dict[str, Params] = field(repr=False)  # by part
-    classify: Classifier = field(repr=False)
+    trained: Trained
+
+    @property
+    def config(self) -> ConfigDict:
+        """That of its run, with the sampler's fields as they are used here."""
+        return self.trained.config
+
+    @property
+    def card(self) -> Any:
+        """Class names; height, width and channels of the images."""
+        return self.trained.card
+
+    @property
+    def step(self) -> int:
+        """Of training."""
+        return self.trained.step
+
+    @property
+    def params(self) -> dict[str, Params]:
+        """By part."""
+        return self.trained.params
+
+    @cached_property
+    def classify(self) -> Any:
+        """(parameters by part, images, positions) -> logits after each denoising step."""
+        task = self.trained.task
+        assert isinstance(task, Classify)
+        return task.classifier(self.trained.blueprint)
 
     def __call__(self, images: UInt8[np.ndarray | Array, "b h w c"]) -> Float[Array, "b classes"]:
         """The model's answer: logits.
@@ -69,17 +100,38 @@ class Trained:
                 f"not {images.dtype} {list(images.shape)}"
             )
         with arithmetic(self.config):
-            return self.classify(self.params, jnp.asarray(images), jnp.arange(len(images), dtype=jnp.int32))
+            positions = jnp.arange(len(images), dtype=jnp.int32)
+            return self.classify(self.params, jnp.asarray(images), positions)
 
 
-def load_classifier(folder: str | Path, checkpoint: str = "best") -> Trained:
-    """The trained model of a run, whose `checkpoint` is "best", "last" or a step; or that of an exported folder.
+def load_classifier(folder: str | Path, checkpoint: str = "best") -> Classifier:
+    """The trained classifier of a run, whose `checkpoint` is "best", "last" or a step; or that of an exported folder.
+
+    Raises:
+      UserError: there is no such run or checkpoint, it is damaged, or does not classify.
+    """
+    return Classifier(only(CLASSIFY, load_trained(folder, checkpoint), Path(folder)))
+
+
+def load_trained(folder: str | Path, checkpoint: str = "best") -> Trained:
+    """The trained model of a run or of an exported folder, whatever its task.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     folder = Path(folder)
     return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+
+
+def only(entry: Entry, trained: Trained, where: Path) -> Trained:
+    """`trained`, if it is of this task.
+
+    Raises:
+      UserError: it is of another.
+    """
+    if trained.entry.name != entry.name:
+        raise UserError(f"{where} holds a model of the task {trained.entry.name}, not of {entry.name}")
+    return trained
 
 
 def load_exported(folder: Path) -> Trained:
@@ -99,18 +151,21 @@ def load_exported(folder: Path) -> Trained:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS} cannot be read ({brief(error)})") from error
     try:
-        config, card, step = ConfigDict(about["config"]), Card.of(about["data"]), int(about["step"])
-        check_config(config)
+        config = ConfigDict(SINCE | about["config"])
+        entry, step = entry_of(config), int(about["step"])
+        check_config(entry, config)
+        card = entry.card(about["data"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field is missing, or not of its type
         raise UserError(f"{folder / CONFIG} cannot be used ({brief(error)})") from error
     with on_cpu():
-        blueprint, fresh = Blueprint.of(new_model(config, architecture(config, card)))
+        task = entry.make(config, card)
+        blueprint, fresh = new_model(task, config.seed)
     expected, found = ({name: describe(array) for name, array in of.items()} for of in (parameter_names(fresh), arrays))
     if differing := differences(expected=expected, found=found):
         raise UserError(f"{folder / WEIGHTS} does not fit its config:\n  " + "\n  ".join(differing))
     paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
     params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
-    return Trained(config, card, step, blueprint, params, make_classifier(config, blueprint, card))
+    return Trained(entry, config, card, step, task, blueprint, params)
 
 
 def parameter_names(params: dict[str, Params]) -> dict[str, Any]:
@@ -139,28 +194,42 @@ def load_run(
     """
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
-    save_top_k = (read_saved(workdir, CONFIG) or {}).get("save_top_k", 0)
+    of_folder = read_saved(workdir, CONFIG) or {}
+    entry = entry_of(ConfigDict(SINCE | of_folder))
     with (
-        Checkpoints(workdir, scores=scores(workdir, "val"), save_top_k=save_top_k, read_only=True) as checkpoints,
+        Checkpoints(
+            workdir,
+            scores=ranking(entry, workdir),
+            save_top_k=of_folder.get("save_top_k", 0),
+            read_only=True,
+        ) as checkpoints,
         _offering_others(checkpoints.steps()),
     ):
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
+        entry = entry_of(ConfigDict(SINCE | run["config"]))
         given = ConfigDict(run["config"]) if config is None else config
-        merged = for_evaluation(run["config"], overrides or {}, given)
-        check_config(merged)
-        blocks = trained_blocks(merged)
-        if merged.model_type == "dblock" and len(blocks) < merged.num_blocks:
+        merged = for_evaluation(entry, run["config"], overrides or {}, given)
+        check_config(entry, merged)
+        blocks = trained_blocks(entry, merged)
+        if len(blocks) < entry.num_blocks(merged):
             raise UserError(
                 f"{workdir} trained only blocks {list(blocks)} of {merged.num_blocks}: join by --mode=merge"
             )
-        card = Card.of(run["data"])
+        card = entry.card(run["data"])
         with on_cpu():
-            blueprint, params = Blueprint.of(new_model(merged, architecture(merged, card)))
+            task = entry.make(merged, card)
+            blueprint, params = new_model(task, merged.seed)
             params = jax.device_get(params)
-        memory = "pinned_host" if rest_on_host(merged) else "device"
+        memory = "pinned_host" if rest_on_host(entry, merged) else "device"
         params = checkpoints.restore_params(step, replicate(params, mesh or make_mesh(), memory))
-    return Trained(merged, card, step, blueprint, params, make_classifier(merged, blueprint, card)), run
+    return Trained(entry, merged, card, step, task, blueprint, params), run
+
+
+def ranking(entry: Entry, workdir: Path) -> dict[int, float]:
+    """Step -> main score on the validation split, the more the better, as far as it is on record."""
+    sign = 1 if entry.main_score.more_is_better else -1
+    return {step: sign * value for step, value in scores(workdir, "val", entry.main_score.name).items()}
 
 
 @contextmanager

@@ -7,23 +7,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.datasets import STORED, Card
-from dblocks_jax.data.feed import RESIDENT_BYTES
+from dblocks_jax.data.feed import RESIDENT_BYTES, Streamed
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.training.build import Blueprint, make_objective, make_step, new_model
-from dblocks_jax.training.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    find_dataset,
-    rest_on_host,
-    trained_blocks,
-)
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.tasks.task import Entry
+from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, trained_blocks
+from dblocks_jax.training.loop import make_step
 from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.step import Steps, Streamed
+from dblocks_jax.training.setting import shapes_of
+from dblocks_jax.training.step import Steps
 
 MIB = 2**20
-NUM_LABELS = {"digits": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
+# (row, whether it is of the plain network, whether with gradient checkpointing)
+ROWS = (
+    ("plain", True, False),
+    ("plain + remat", True, True),
+    ("DiffusionBlocks", False, False),
+    ("DiffusionBlocks + remat", False, True),
+)
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,15 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
     """Print and return the table of a config; with `gib` also what fits, and the smallest B that does.
 
     Raises:
-      UserError: the config is wrong, or nobody knows how many classes its images have.
+      UserError: the config is wrong, or nobody knows what its data are like.
     """
-    check_config(config)
+    entry = entry_of(config)
+    check_config(entry, config)
     if config.block_parallel:
         make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
-    card = _without_images(config)
+    card = entry.card_without_data(config)
     rows = {
-        name: step_memory(variant(config, model_type, remat), card)
-        for name, model_type, remat in (
-            ("plain", "vit", False),
-            ("plain + remat", "vit", True),
-            ("DiffusionBlocks", "dblock", False),
-            ("DiffusionBlocks + remat", "dblock", True),
-        )
+        name: step_memory(entry, variant(entry, config, plain=plain, remat=remat), card) for name, plain, remat in ROWS
     }
     formula = {name: formula_bytes(rows, name, config.num_blocks) for name in rows}
     print(_format(config, rows, formula))
@@ -65,17 +61,17 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
         "rows": {name: {**asdict(memory), "formula": formula[name]} for name, memory in rows.items()},
     }
     if jax.default_backend() == "gpu":
-        result["peak_bytes_in_use"] = _peaks(config, card, rows)
+        result["peak_bytes_in_use"] = _peaks(entry, config, card, rows)
         for name, peak in result["peak_bytes_in_use"].items():
             print(f"{name}: {peak / MIB:.0f} MiB really used at the peak")
     if gib is not None:
-        result["fits"] = _fits(config, card, rows, gib)
+        result["fits"] = _fits(entry, config, card, rows, gib)
     return result
 
 
-def step_memory(config: ConfigDict, card: Card) -> Memory:
+def step_memory(entry: Entry, config: ConfigDict, card: Any) -> Memory:
     """Compile the step that training would run, on one device, and read XLA's account of it. Allocates nothing."""
-    step, parts, idle, data, steps = build_step(config, card)
+    step, parts, idle, data, steps = build_step(entry, config, card)
     with arithmetic(config):
         analysis = step.lower(parts, data, steps).compile().memory_analysis()
     parameters = _bytes([part.params for part in parts])
@@ -85,7 +81,7 @@ def step_memory(config: ConfigDict, card: Card) -> Memory:
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
         total=total_bytes(analysis),
-        idle=0 if rest_on_host(config) else _bytes(idle),
+        idle=0 if rest_on_host(entry, config) else _bytes(idle),
     )
 
 
@@ -105,57 +101,45 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
     return (4 * plain.parameters + plain.activations) // (num_blocks if name.startswith("Diffusion") else 1)
 
 
-def variant(config: ConfigDict, model_type: str, remat: bool, num_blocks: int | None = None) -> ConfigDict:
+def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_blocks: int | None = None) -> ConfigDict:
     """`config` with another model; its training of some blocks only, or of all side by side, is for blocks alone."""
-    config = ConfigDict(config.to_dict())
-    config.update(model_type=model_type, gradient_checkpointing=remat)
-    if model_type == "vit":
-        config.update(block_parallel=False, train_blocks=())
-    elif num_blocks is not None:
+    config = entry.plain(config) if plain else ConfigDict(config.to_dict())
+    config.update(gradient_checkpointing=remat, grow_at=(), begin_from="")
+    if num_blocks is not None:
         config.update(num_blocks=num_blocks, train_blocks=())
-    check_config(config)
+    check_config(entry, config)
     return config
 
 
-def build_step(config: ConfigDict, card: Card) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
+def build_step(entry: Entry, config: ConfigDict, card: Any) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
     """(jitted step, shapes of the parts it trains, of those that wait, of its batch, and its other arguments)."""
-    blueprints = []
-
-    def parts():
-        blueprint, params = Blueprint.of(new_model(config, architecture(config, card)))
-        blueprints.append(blueprint)
-        return {name: new_part(part) for name, part in params.items()}
-
-    shapes = jax.eval_shape(parts)
-    blueprint = blueprints[0]
-    loss, ranges = make_objective(config, blueprint)
-    step = make_step(config, loss, card)
+    task = entry.make(config, card)
+    blueprint, params = shapes_of(task)
+    shapes = jax.eval_shape(
+        lambda: {name: new_part(part, averaged=config.ema_decay > 0) for name, part in zeros_like(params).items()}
+    )
+    step = make_step(config, task, blueprint)
     share_of = max(1, jax.device_count() // (config.num_blocks if config.block_parallel else 1))  # devices to a batch
     count = -(-config.batch_size // share_of) * config.accumulate_grad_batches
-    shape_of: Any = jax.ShapeDtypeStruct
-    data = Streamed(shape_of((count, *card.image_shape), np.uint8), shape_of((count,), np.int32))
     zero = np.int32(0)
-    steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), ranges[0])
-    blocks = trained_blocks(config)
+    share = None if task.corruption is None else task.corruption.shares[0]
+    steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), share)
+    blocks = trained_blocks(entry, config)
     mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
     active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))
-    return step, active, mine, data, steps
+    return step, active, mine, Streamed(task.batch_shapes(count)), steps
 
 
-def _without_images(config: ConfigDict) -> Card:
-    if config.dataset not in STORED:
-        return find_dataset(config)
-    stored = STORED[config.dataset]
-    names = tuple(map(str, range(NUM_LABELS[config.dataset])))
-    shape = (config.image_size, config.image_size, stored.image_shape[2])
-    return Card(names, shape, stored.mean, stored.std)
+def zeros_like(shapes: Any) -> Any:
+    """Arrays of these shapes."""
+    return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _bytes(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def _fits(config: ConfigDict, card: Card, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
+def _fits(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
     """Which rows fit, and the smallest number of blocks with which DiffusionBlocks do."""
     limit = gib * 2**30
     fits: dict[str, Any] = {name: memory.total + memory.idle <= limit for name, memory in rows.items()}
@@ -164,7 +148,8 @@ def _fits(config: ConfigDict, card: Card, rows: dict[str, Memory], gib: float) -
     for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
         fits[name] = None
         for num_blocks in divisors:
-            memory = step_memory(variant(config, "dblock", remat, num_blocks), card)
+            smaller = variant(entry, config, plain=False, remat=remat, num_blocks=num_blocks)
+            memory = step_memory(entry, smaller, card)
             if memory.total + memory.idle <= limit:
                 fits[name] = num_blocks
                 break
@@ -198,14 +183,13 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
     return "\n".join(lines)
 
 
-def _peaks(config: ConfigDict, card: Card, rows: dict[str, Memory]) -> dict[str, int]:
+def _peaks(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory]) -> dict[str, int]:
     """Bytes in use at the peak of a real step of each row. The device keeps one maximum, so the smallest goes first."""
     device = jax.local_devices()[0]
     peaks = {}
-    for name in sorted(rows, key=lambda name: rows[name].total):
-        model_type = "dblock" if name.startswith("Diffusion") else "vit"
-        step, parts, _, data, steps = build_step(variant(config, model_type, name.endswith("remat")), card)
-        real = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), (parts, data))
+    for name, plain, remat in sorted(ROWS, key=lambda row: rows[row[0]].total):
+        step, parts, _, data, steps = build_step(entry, variant(entry, config, plain=plain, remat=remat), card)
+        real = zeros_like((parts, data))
         with arithmetic(config):
             jax.block_until_ready(step(*real, steps))
         del real

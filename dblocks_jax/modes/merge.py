@@ -10,9 +10,10 @@ from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, saved_steps
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.errors import Unsaved, UserError
-from dblocks_jax.training.build import Blueprint, new_model
-from dblocks_jax.training.config import FREE_TO_CHANGE, architecture, count_steps, find_dataset, trained_blocks
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps, trained_blocks
 from dblocks_jax.training.optimizer import Part, new_part
+from dblocks_jax.training.setting import new_model
 
 OF_A_PART = ("train_blocks", *FREE_TO_CHANGE)  # fields in which the parts of one model may differ
 
@@ -32,13 +33,14 @@ def merge(
         raise UserError(f"{workdir} holds a run already: name another --workdir for the merged one, or delete it")
     runs = {source: _read(source) for source in sources}
     first, (config, card, _) = next(iter(runs.items()))
+    entry = entry_of(config)
     owner: dict[int, Path] = {}
     for source, (other, other_card, step) in runs.items():
         _check_same_model(first, (config, card), source, (other, other_card))
-        expected = count_steps(other, card["images"]).steps
+        expected = count_steps(entry, other, card["images"]).steps
         if step != expected:
             raise UserError(f"{source} is not finished: it stands at step {step} of {expected}")
-        for block in trained_blocks(other):
+        for block in trained_blocks(entry, other):
             if block in owner:
                 raise UserError(f"block {block} is double: both {owner[block]} and {source} trained it")
             owner[block] = source
@@ -48,15 +50,18 @@ def merge(
 
     free = {field: value for field, value in (overrides or {}).items() if field in FREE_TO_CHANGE}
     whole = ConfigDict({**config.to_dict(), **free, "train_blocks": ()})
-    dataset = find_dataset(whole, may_prepare="data_dir" in free)
+    # The data are only looked at: whether this machine has them, of the same classes.
+    entry.find_data(whole, may_prepare="data_dir" in free).check_same(card, str(first))
     parts: dict[str, Part] = {}
     with on_cpu():
-        blueprint, params = Blueprint.of(new_model(whole, architecture(whole, dataset)))
+        blueprint, params = new_model(entry.make(whole, entry.card(card)), whole.seed)
         for source in runs:
             names = [name for block, owned_by in owner.items() if owned_by == source for name in blueprint.names(block)]
             with Checkpoints(source, read_only=True) as checkpoints:
-                parts |= checkpoints.restore(runs[source][2], {name: new_part(params[name]) for name in names})
-    steps = count_steps(whole, card["images"]).steps
+                parts |= checkpoints.restore(
+                    runs[source][2], {name: new_part(params[name], averaged=whole.ema_decay > 0) for name in names}
+                )
+    steps = count_steps(entry, whole, card["images"]).steps
     with run_folder.claim(workdir):
         was = run_folder.read_saved(workdir, run_folder.CONFIG)
         run_folder.open_run(workdir, whole.to_dict(), card, was=was, command=command, overrides={})
@@ -77,8 +82,8 @@ def _read(source: Path) -> tuple[ConfigDict, dict[str, Any], int]:
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.find("last")
         run = checkpoints.run(step)
-    config = ConfigDict(run["config"])
-    if config.model_type != "dblock" or config.get("sharing") != "isolated":
+    config = ConfigDict(SINCE | run["config"])
+    if entry_of(config).num_blocks(config) == 1 or config.get("sharing") != "isolated":
         raise UserError(f"{source} is not a run of isolated blocks (sharing=isolated): there is nothing to merge")
     return config, run["data"], step
 

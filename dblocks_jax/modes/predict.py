@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dblocks_jax.data.datasets import IMAGE_SUFFIXES, read_images
-from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.modes.load import Classifier, load_run, only
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import write_json
-from dblocks_jax.training.build import sampler_plan
+from dblocks_jax.tasks.classify.classifier import sampler_plan
+from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.training.config import arithmetic
 
 PREDICTIONS = "predictions.json"
@@ -34,7 +35,8 @@ def predict(
       UserError: there is no such run or image, or it cannot be read.
     """
     paths = find_images(images)
-    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    loaded, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    trained = Classifier(only(CLASSIFY, loaded, workdir))
     probabilities = classify_files(trained, paths)
     steps = describe_steps(trained.config)
     records = [
@@ -45,7 +47,7 @@ def predict(
     return {
         "mode": "predict",
         "workdir": str(workdir),
-        "checkpoint": trained.step,
+        "checkpoint": loaded.step,
         "num_images": len(paths),
         "predictions": str(workdir / PREDICTIONS),
     }
@@ -78,7 +80,7 @@ def _is_image(file: Path, folder: Path) -> bool:
     return file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not is_hidden
 
 
-def classify_files(trained: Trained, paths: Sequence[Path]) -> Float[np.ndarray, "n images classes"]:
+def classify_files(trained: Classifier, paths: Sequence[Path]) -> Float[np.ndarray, "n images classes"]:
     """Probabilities after each denoising step. All batches have the size of the first, so one program serves them.
 
     Raises:

@@ -1,7 +1,5 @@
 """`--mode=report`: one page about a run, which explains itself to a stranger."""
 
-import base64
-import io
 import json
 import math
 import platform
@@ -12,23 +10,25 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
-from PIL import Image
 
 from dblocks_jax.data.datasets import Source, Subset
-from dblocks_jax.diffusion.noise import block_edges
-from dblocks_jax.modes.evaluate import answers, find_test_split, how_scored, metrics
-from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.modes.evaluate import find_data, how_scored
+from dblocks_jax.modes.load import Classifier, load_run, only
 from dblocks_jax.modes.memory import step_memory, variant
 from dblocks_jax.modes.predict import describe, describe_steps
 from dblocks_jax.pages import charts
+from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.workdir import STARTS, logged
-from dblocks_jax.training.build import sampler_plan
-from dblocks_jax.training.config import arithmetic, noise_distribution, num_inference_steps
-from dblocks_jax.training.overview import noise_ranges, num_parameters
+from dblocks_jax.tasks.classify.classifier import sampler_plan
+from dblocks_jax.tasks.classify.config import num_inference_steps
+from dblocks_jax.tasks.classify.scores import answers, metrics
+from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.training.config import arithmetic
+from dblocks_jax.training.overview import describe_shares, num_parameters
 
 PAGE = "report.html"
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of denoising steps, to be tried
@@ -44,8 +44,9 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
       UserError: there is no such run or checkpoint, its data cannot be had, or the page cannot be written.
     """
     mesh = make_mesh()
-    trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
-    test = find_test_split(trained, run, named=config, where=str(workdir))
+    loaded, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
+    trained = Classifier(only(CLASSIFY, loaded, workdir))
+    test: Any = find_data(loaded, run, named=config, where=str(workdir)).split("test")
     config = trained.config
     with arithmetic(config):
         believed, logits = answers(
@@ -65,7 +66,7 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "step": trained.step,
         "parameters": {name: num_parameters(part) for name, part in trained.params.items()},
         "images": run["data"].get("images"),
-        "noise_ranges": noise_ranges(config),
+        "noise_ranges": describe_shares(loaded.task),
         "class_names": trained.card.class_names,
         "charts": draw(config, lines, found, steps, by_count, matrix, trained),
         "by_count": by_count,
@@ -88,11 +89,11 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "split": "test",
         **found,
         "accuracy_by_num_steps": by_count,
-        **how_scored(config),
+        **how_scored(loaded),
     }
 
 
-def accuracy_by_count(trained: Trained, test: Source, mesh: Any) -> dict[int, float]:
+def accuracy_by_count(trained: Classifier, test: Source, mesh: Any) -> dict[int, float]:
     """The number of denoising steps -> accuracy, on IMAGES_FOR_COUNTS images; nothing for the plain model."""
     if trained.config.model_type == "vit":
         return {}
@@ -149,7 +150,7 @@ def worst_classes(matrix: Int[np.ndarray, "classes classes"], class_names: Seque
 
 
 def examples(
-    trained: Trained, test: Source, indices: Sequence[int], steps: list[dict[str, Any]]
+    trained: Classifier, test: Source, indices: Sequence[int], steps: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Test images, at least one: the truth, and what each denoising step believed of each."""
     pixels = test.images(np.array(indices))
@@ -161,13 +162,6 @@ def examples(
         | {"pixels": data_uri(pixels[i]), "truth": names[test.labels[index]]}
         for i, index in enumerate(indices)
     ]
-
-
-def data_uri(pixels: UInt8[np.ndarray, "h w c"]) -> str:
-    """A picture inside the page."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
@@ -189,7 +183,7 @@ def draw(
     steps: list[dict[str, Any]],
     by_count: dict[int, float],
     matrix: Int[np.ndarray, "classes classes"],
-    trained: Trained,
+    trained: Classifier,
 ) -> dict[str, str]:
     """The page's pictures by name."""
     names = sorted({block for line in lines for block in line["blocks"]}, key=int)
@@ -208,22 +202,23 @@ def draw(
         drawn |= {"loss": curves("loss", "loss"), "ce": curves("ce", "cross-entropy, in nats")}
         drawn |= {"accuracy": curves("accuracy", "accuracy on training batches")}
     if is_dblock:
-        noise = noise_distribution(config)
-        visited = [step["sigma"] for step in steps]
-        drawn["noise"] = charts.noise(noise, block_edges(noise, config.num_blocks), visited)
+        noise: Any = trained.trained.task.corruption
+        drawn["noise"] = charts.noise(noise.noise, noise.edges, [step["sigma"] for step in steps])
         blocks = [step["block"] for step in steps]
         drawn["by_step"] = charts.by_denoising_step(found["accuracy_by_step"], blocks, config.num_blocks)
         drawn["by_count"] = charts.by_num_steps({"": by_count}, [charts.ACCENT])
     return drawn
 
 
-def _draw_memory(trained: Trained) -> str:
+def _draw_memory(trained: Classifier) -> str:
     """The plain model's training step beside that of the blocks, on one device, as `--mode=memory` computes it."""
     rows = {}
-    for name, model_type in (("plain", "vit"), ("DiffusionBlocks", "dblock")):
-        if model_type == "dblock" and trained.config.model_type == "vit":
+    config, entry = trained.config, trained.trained.entry
+    for name, plain in (("plain", True), ("DiffusionBlocks", False)):
+        if not plain and config.model_type == "vit":
             continue
-        needed = step_memory(variant(trained.config, model_type, trained.config.gradient_checkpointing), trained.card)
+        row = variant(entry, config, plain=plain, remat=config.gradient_checkpointing)
+        needed = step_memory(entry, row, trained.card)
         rows[name] = {
             "parameters": needed.parameters,
             "moments": needed.optimizer,

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -14,11 +14,12 @@ from absl import logging
 
 from dblocks_jax.run.errors import Unusable, UserError, brief
 from dblocks_jax.run.processes import are_several, first_process_first, is_first
-from dblocks_jax.training.optimizer import Params, Part, params_of
 
 FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
-# Items of a checkpoint, apart so that evaluation reads the parameters alone.
-PARAMS, ADAM, RUN = "params", "adam", "run"
+# Items of a checkpoint, apart so that evaluation reads the parameters alone, or their averages.
+PARAMS, ADAM, AVERAGE, RUN = "params", "adam", "average", "run"
+Part = Any  # what trains together: a NamedTuple with the fields PARAMS, ADAM and AVERAGE, each a tree, or () for none
+Params = Any
 FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
 LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
@@ -27,7 +28,8 @@ class Checkpoints:
     """The checkpoints of one workdir, by step. As a context manager it waits for writes.
 
     A save that fails is logged at once and listed in `failed`; training may go on, and the checkpoints before it are
-    intact. Besides the latest, the `save_top_k` best by `scores` (step -> validation accuracy, may grow) are kept.
+    intact. Besides the latest, the `save_top_k` best by `scores` (step -> on the validation split; the more the better;
+    may grow) are kept.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Checkpoints:
         handlers = {
             PARAMS: ocp.StandardCheckpointHandler(),
             ADAM: ocp.StandardCheckpointHandler(),
+            AVERAGE: ocp.StandardCheckpointHandler(),
             RUN: ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -121,7 +124,7 @@ class Checkpoints:
             return
         self.wait()
         self._taken_over.add(step)
-        trees = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
+        trees = _items(parts)
         run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
         checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
         record = {"format": FORMAT, "checksums": checksums, "run": run}
@@ -164,10 +167,12 @@ class Checkpoints:
             self._opened = None
             self._taken_over.discard(step)
 
-    def resume(self, parts: dict[str, Part]) -> tuple[int, dict[str, Part], dict[str, Any]]:
-        """(step, parts, run) of the newest checkpoint that is sound, shaped and placed like `parts`.
+    def resume(
+        self, like: Callable[[int], dict[str, Part]], start: dict[str, Part]
+    ) -> tuple[int, dict[str, Part], dict[str, Any]]:
+        """(step, parts, run) of the newest checkpoint that is sound, shaped and placed like those of its step.
 
-        Step 0, `parts` and {} where there is none. Newer ones that cannot be used are moved to DAMAGED, and named.
+        Step 0, `start` and {} where there is none. Newer ones that cannot be used are moved to DAMAGED, and named.
 
         Raises:
           UserError: none of the checkpoints can be used.
@@ -176,7 +181,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 run = self.run(step)
-                restored = self.restore(step, parts)
+                restored = self.restore(step, like(step))
             except Unusable as error:
                 unusable[step] = error
                 continue
@@ -189,7 +194,7 @@ class Checkpoints:
                 "; ".join(map(str, unusable.values()))
                 + f". No other is left: restore one, or delete {self._workdir} to start anew"
             )
-        return 0, parts, {}
+        return 0, start, {}
 
     def _set_aside(self, step: int) -> Path:
         folder = self._workdir / DAMAGED
@@ -207,17 +212,20 @@ class Checkpoints:
         Raises:
           Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        wanted = {PARAMS: params_of(parts), ADAM: {name: part.adam for name, part in parts.items()}}
-        restored = self._restore(step, wanted)
-        return {name: Part(restored[PARAMS][name], restored[ADAM][name]) for name in parts}
+        restored = self._restore(step, _items(parts))
+        return {
+            name: part._replace(**{item: trees[name] for item, trees in restored.items()})
+            for name, part in parts.items()
+        }
 
     def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
-        """The parameters alone, shaped and placed like `params`.
+        """What the model answers with, shaped and placed like `params`: averages where they were kept, else parameters.
 
         Raises:
           Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        return self._restore(step, {PARAMS: params})[PARAMS]
+        item = AVERAGE if AVERAGE in self._record(step)["checksums"] else PARAMS
+        return self._restore(step, {item: params})[item]
 
     def run(self, step: int) -> dict[str, Any]:
         """What a checkpoint knows of its run: the `run` it was saved with.
@@ -245,9 +253,9 @@ class Checkpoints:
         checksums = self._record(step)["checksums"]
         with self._naming_what_is_damaged(step):
             metadata = self._manager.item_metadata(step)
-            found = {item: _shapes(metadata[item].tree) for item in wanted}
+            found = {item: shapes_by_path(metadata[item].tree) for item in wanted}
         for item, tree in wanted.items():
-            differing = differences(expected=_shapes(tree), found=found[item])
+            differing = differences(expected=shapes_by_path(tree), found=found[item])
             if differing:
                 raise Unusable(
                     f"checkpoint {step} of {self._workdir} does not fit this model:\n  " + "\n  ".join(differing)
@@ -277,6 +285,12 @@ def saved_steps(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints in a workdir, ascending. What is being written has another name."""
     folder = workdir / FOLDER
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def _items(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
+    """Item -> tree of each part."""
+    trees = {item: {name: getattr(part, item) for name, part in parts.items()} for item in (PARAMS, ADAM, AVERAGE)}
+    return {item: tree for item, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 class _LatestAndBest:
@@ -315,7 +329,7 @@ def _checksum_of_json(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-def _shapes(tree: Any) -> dict[str, str]:
+def shapes_by_path(tree: Any) -> dict[str, str]:
     """Path of each leaf -> its dtype and shape. Orbax turns list indices and integer keys into strings: so do we."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf) for path, leaf in leaves}

@@ -116,10 +116,11 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
     values = {f"{split}/{name}": value for name, value in line.items() if name not in ("step", "split")}
     for block, means in values.pop("train/blocks", {}).items():
         values |= {f"train/block_{block}/{name}": value for name, value in means.items()}
-    for i, accuracy in enumerate(values.pop(f"{split}/accuracy_by_step", []), 1):
-        values[f"{split}/accuracy_after_step_{i}"] = accuracy
+    for name in [name for name, value in values.items() if isinstance(value, list) and name.endswith("_by_step")]:
+        for i, value in enumerate(values.pop(name), 1):
+            values[f"{name.removesuffix('_by_step')}_after_step_{i}"] = value
     values["train/skipped_steps"] = len(values.pop("train/skipped", [])) if split == "train" else None
-    return {name: float(value) for name, value in values.items() if value is not None}
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def check_wandb() -> None:

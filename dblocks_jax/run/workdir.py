@@ -263,9 +263,10 @@ def logged(workdir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def scores(workdir: Path, split: str) -> dict[int, float]:
-    """Step -> accuracy on a split, as far as it is on record."""
-    return {line["step"]: line["top1"] for line in logged(workdir) if line.get("split") == split}
+def scores(workdir: Path, split: str, name: str) -> dict[int, float]:
+    """Step -> a figure of a split, as far as it is on record."""
+    lines = [line for line in logged(workdir) if line.get("split") == split]
+    return {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:

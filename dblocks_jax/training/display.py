@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dblocks_jax.run.processes import is_first
+from dblocks_jax.tasks.task import Corruption
 
 LINE_SECONDS = 5  # a plain line at most so often
 REFRESH_PER_SECOND = 4
@@ -24,10 +25,9 @@ MIB = 2**20
 class Display:
     """Shows the latest figures. As a context manager it owns the last lines of the terminal, if there is one."""
 
-    def __init__(self, *, total_steps: int, start: int, sigmas: dict[int, str]):
-        """`sigmas` tells each block's noise range in words; it is empty for the plain model."""
+    def __init__(self, *, total_steps: int, start: int):
         self._total_steps = total_steps
-        self._sigmas = sigmas
+        self._shares: list[str] = []  # of each block, in words
         self._blocks: dict[str, dict[str, float]] = {}  # the latest means of each
         self._summary = ""
         self._last_line = 0.0
@@ -57,6 +57,11 @@ class Display:
             self._live.stop()
             self._handler.setStream(self._was_stream)
 
+    def describe_blocks(self, corruption: Corruption | None) -> None:
+        """Tell whose share is what from now on; nothing of a plain network."""
+        self._blocks = {}
+        self._shares = [] if corruption is None else [corruption.describe(b) for b in range(corruption.num_blocks)]
+
     def show(self, line: dict[str, Any], steps_per_second: float | None) -> None:
         """Show the means over a window of steps."""
         step, images_per_second = line["step"], line["images_per_second"]
@@ -74,7 +79,7 @@ class Display:
         if self._live is None and (now - self._last_line >= LINE_SECONDS or step == self._total_steps):
             self._last_line = now
             means = "  ".join(
-                f"[{block}] loss {mean['loss']:.4g} ce {mean['ce']:.4f} acc {mean['accuracy']:.3f}"
+                f"[{block}] " + " ".join(f"{name} {mean[name]:.4g}" for name in figures(mean))
                 for block, mean in sorted(self._blocks.items(), key=lambda item: int(item[0]))
             )
             head = f"step {step}/{self._total_steps} epoch {line['epoch']:.1f}"
@@ -86,13 +91,18 @@ class Display:
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="dim")
-        for name in ("block", *(["noise"] if self._sigmas else []), "loss", "cross-entropy", "accuracy", "gradient"):
+        names = figures(next(iter(self._blocks.values()), {}))
+        for name in ("block", *(["share"] if self._shares else []), *names):
             table.add_column(name, justify="right")
         for block, mean in sorted(self._blocks.items(), key=lambda item: int(item[0])):
-            noise = [self._sigmas[int(block)]] if self._sigmas else []
-            numbers = (mean["loss"], mean["ce"], mean["accuracy"], mean["grad_norm"])
-            table.add_row(block, *noise, *[f"{number:.4g}" for number in numbers])
+            share = [self._shares[int(block)]] if self._shares else []
+            table.add_row(block, *share, *[f"{mean[name]:.4g}" for name in names])
         return Group(*([table, self._summary] if self._blocks else []), self._bar)
+
+
+def figures(mean: dict[str, float]) -> list[str]:
+    """The names of a block's figures, the loss first."""
+    return sorted(mean, key=lambda name: (name != "loss", name))
 
 
 def clock(seconds: float) -> str:

@@ -7,8 +7,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from dblocks_jax.run.errors import Diverged
-from dblocks_jax.tasks.classify.objective import WORST_SIGMA
-from dblocks_jax.training.step import SKIPPED
+from dblocks_jax.training.step import SKIPPED, WORST_LEVEL
 
 
 class Health:
@@ -33,8 +32,8 @@ class Health:
                 continue
             total[name] = total.get(name, 0) + 1
             in_a_row[name] = in_a_row.get(name, 0) + 1
-            sigma = float(metrics[WORST_SIGMA][i]) if WORST_SIGMA in metrics else None
-            skipped.append({"step": first_step + i, "block": block, "sigma": sigma})
+            level = float(metrics[WORST_LEVEL][i]) if WORST_LEVEL in metrics else None
+            skipped.append({"step": first_step + i, "block": block, "level": level})
             if in_a_row[name] == 1:
                 logging.warning("%s: the update is skipped", describe(skipped[-1]))
             if in_a_row[name] >= self._max_bad_steps and not self._too_many:
@@ -56,5 +55,5 @@ class Health:
 
 def describe(skipped: dict[str, Any]) -> str:
     """A skipped step in words."""
-    sigma = "" if skipped["sigma"] is None else f" (noise level of the worst image: sigma = {skipped['sigma']:.4g})"
-    return f"step {skipped['step']}, block {skipped['block']}: the loss or its gradient is not finite{sigma}"
+    level = "" if skipped["level"] is None else f" (level of the worst sample: {skipped['level']:.4g})"
+    return f"step {skipped['step']}, block {skipped['block']}: the loss or its gradient is not finite{level}"

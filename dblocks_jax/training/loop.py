@@ -1,8 +1,11 @@
-"""Training from start to end: data, model, resume, steps, evaluation, checkpoints. Read it top to bottom."""
+"""Training from start to end: prepare, open the folder, resume, steps, scores, checkpoints. Read it bottom up."""
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +14,339 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.datasets import Source
 from dblocks_jax.data.feed import make_feed
-from dblocks_jax.diffusion.noise import stack_ranges
-from dblocks_jax.modes.evaluate import answers, metrics
+from dblocks_jax.data.source import Data
+from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
-from dblocks_jax.run.checkpoint import FOLDER, Checkpoints
-from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate
+from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.run.logs import Logs, check_wandb
 from dblocks_jax.run.processes import check_alike, first_process_first, is_first
 from dblocks_jax.run.stop import Stop
-from dblocks_jax.training.build import Blueprint, make_classifier, make_objective, make_step, new_model
-from dblocks_jax.training.config import (
-    architecture,
-    arithmetic,
-    check_config,
-    check_resumable,
-    check_same_data,
-    count_steps,
-    curriculum,
-    find_dataset,
-    rest_on_host,
-    schedule,
-    trained_blocks,
-)
+from dblocks_jax.tasks.task import Entry, Score, Task
+from dblocks_jax.training.begin import begin
+from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, schedule
 from dblocks_jax.training.display import Display
 from dblocks_jax.training.health import Health
-from dblocks_jax.training.optimizer import Params, new_part, params_of
-from dblocks_jax.training.overview import noise_ranges, overview
+from dblocks_jax.training.optimizer import Part, used_params
+from dblocks_jax.training.overview import overview
 from dblocks_jax.training.pace import Pace
 from dblocks_jax.training.progress import Progress
 from dblocks_jax.training.residence import OneAtATime, SideBySide
-from dblocks_jax.training.step import Parallel, Steps
+from dblocks_jax.training.setting import Setting, memoized, prepare
+from dblocks_jax.training.step import Parallel, Steps, TrainStep, make_train_step, stack_shares
+
+
+@dataclass
+class Opened:
+    """A run whose folder is held: where it stands, and what is on record of it."""
+
+    checkpoints: Checkpoints
+    step: int
+    parts: dict[str, Part]
+    skipped: dict[str, Any]  # see `Health`
+    scores: dict[int, float]  # step -> main score on the validation split, the more the better
+    on_record: dict[str, set[int]]  # split -> steps that are scored
+
+
+@dataclass
+class Trainer:
+    """A run under way."""
+
+    setting: Setting
+    opened: Opened
+    logs: Logs
+    display: Display
+    stop: Stop
+    step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        setting, config = self.setting, self.setting.config
+        self.step = self.start = self.opened.step
+        self.total = setting.length.steps
+        self.save_every = config.save_every_n_epochs * setting.length.steps_per_epoch
+        self.model_of = memoized(setting.model)
+        self.lr_at = schedule(config, setting.length.updates)
+        self.health = Health(config.max_bad_steps, self.opened.skipped)
+        examples = config.batch_size * config.accumulate_grad_batches
+        self.feed = make_feed(
+            setting.data.split("train"),
+            batch_size=examples,
+            seed=config.seed,
+            most=min(config.steps_per_call, config.log_every_n_steps),
+            mesh=setting.mesh,
+        )
+        self.progress = Progress(
+            self.logs,
+            self.display,
+            steps_per_epoch=setting.length.steps_per_epoch,
+            log_every=config.log_every_n_steps,
+            images_per_step=examples * (len(setting.blocks) if config.block_parallel else 1),
+            health=self.health,
+        )
+        self.pace = Pace(self.feed.most, adapt=jax.process_count() == 1)
+        self.stage = setting.stage_of(self.step)
+        model = self.model_of(self.stage)
+        self.train_step = make_step(config, model.task, model.blueprint, parallel_of(setting))
+        self.residence = self._settle(self.opened.parts)
+        self.opened.parts = {}  # the residence has them now
+
+    def _settle(self, parts: dict[str, Part]) -> OneAtATime | SideBySide:
+        """Give `parts` of this stage their place."""
+        setting, model = self.setting, self.model_of(self.stage)
+        self.display.describe_blocks(model.task.corruption)
+        if setting.config.block_parallel:
+            isolated = setting.config.sharing == "isolated"
+            return SideBySide(self.train_step, parts, model.blueprint.names, setting.mesh, isolated=isolated)
+        on_host = rest_on_host(setting.entry, setting.config)
+        return OneAtATime(self.train_step, parts, model.blueprint.names, idle_on_host=on_host)
+
+    def grow_if_due(self) -> None:
+        """At the end of a stage: more blocks, which begin as copies. What was saved before is of the smaller model."""
+        following = self.setting.stage_of(min(self.step + 1, self.total))
+        if following is self.stage:
+            return
+        self.progress.flush()
+        names = list(self.model_of(following).blueprint.parts)
+        grown = self.setting.grow(self.residence.parts(), names)
+        logging.info("step %d: %d blocks from now on", self.step, self.model_of(following).blueprint.num_blocks)
+        self.stage = following
+        self.residence = self._settle(grown)
+
+    def take_steps(self) -> None:
+        """As many steps as one call can make: of one block, up to the next line of the log, checkpoint or stage."""
+        config, stage = self.setting.config, self.stage
+        ends = (next_multiple(self.step, config.log_every_n_steps), next_multiple(self.step, self.save_every))
+        until = min(*ends, stage.end)
+        count = stage.run(self.step, min(self.pace.steps, until - self.step))
+        block, position = stage.at(self.step)
+        lr = [self.lr_at(stage.rate_step(position + i)) for i in range(count)]
+        data = self.feed.take(position, count)
+        corruption = self.model_of(stage).task.corruption
+        steps = Steps(
+            count=np.int32(count),
+            block=np.int32(block),
+            position=np.int32(position),
+            lr=np.array(lr + [0.0] * (self.feed.most - count), np.float32),
+            share=None if corruption is None else corruption.shares[block],
+        )
+        if isinstance(self.residence, SideBySide):
+            assert corruption is not None
+            blocks = self.setting.blocks
+            steps = steps._replace(block=np.arange(len(blocks), dtype=np.int32), share=stack_shares(corruption.shares))
+            log, trained = self.residence.train(data, steps), blocks
+        else:
+            log, trained = self.residence.train(block, data, steps), (block,)
+        self.step += count
+        self.progress.add(self.step, trained, count, lr[-1], log, self.feed.waited)
+        self.pace.add(count, log)
+
+    def is_scored(self, step: int) -> bool:
+        """Whether training stops to evaluate here. At the end the test split is scored in any case."""
+        if not self.setting.is_whole or step == 0:
+            return False
+        return step % self.save_every == 0 if step < self.total else self.setting.watched == "val"
+
+    def save(self) -> None:
+        """Everything, as of this step."""
+        setting = self.setting
+        self.progress.flush()
+        self.pace.rest()
+        run_folder.restore_if_lost(setting.workdir, setting.config.to_dict(), setting.card)
+        about = {"config": self.stage.config.to_dict(), "data": setting.card, "skipped": self.health.record}
+        self.opened.checkpoints.save(self.step, self.residence.parts(), about)
+
+    def score(self, step: int, params: dict[str, Params], split: str, *, at_end: bool = False) -> dict[str, Any]:
+        """Judge the model of a step: the scores that are due while it trains, or all of them at the end."""
+        model = self.model_of(self.setting.stage_of(step))
+        self.display.say_doing(f"scoring the {split} split")
+        found = judge(model.scores, params, self.setting.data, split, at_end=at_end, check=self.stop.check)
+        if at_end or step not in self.opened.on_record[split]:
+            self.progress.evaluated(step, split, found, model.task.tell(found))
+            self.opened.on_record[split].add(step)
+        return found
+
+    def score_as_owed(self) -> None:
+        """The watched split, at this step; on it depends which checkpoint is kept."""
+        split = self.setting.watched
+        found = self.score(self.step, used_params(self.residence.parts()), split)
+        if split == "val":  # nothing is chosen by the test split
+            main = self.setting.entry.main_score
+            self.opened.scores[self.step] = found[main.name] if main.more_is_better else -found[main.name]
+
+    def run(self) -> float:
+        """Every step that is left, with its scores and checkpoints; returns the seconds it took."""
+        began = time.perf_counter()
+        checkpoints = self.opened.checkpoints
+        self.stop.is_safe = lambda: (
+            checkpoints.holds(self.step) and not checkpoints.is_saving() and self.logs.is_whole()
+        )
+        # A run that ended after its checkpoint and before its evaluation owes that.
+        owes_score = self.is_scored(self.step) and self.step not in self.opened.on_record[self.setting.watched]
+        while self.step < self.total or owes_score:
+            self.stop.check()
+            checkpoints.look()
+            if owes_score:
+                self.score_as_owed()
+                owes_score = False
+                continue
+            self.grow_if_due()
+            self.take_steps()
+            if self.step == self.total or self.step % self.save_every == 0:
+                self.save()
+                owes_score = self.is_scored(self.step)
+        self.residence.wait()
+        return time.perf_counter() - began
+
+    def result(self, seconds: float) -> dict[str, Any]:
+        """The best checkpoint by validation, or the last, on the test split."""
+        checkpoints, total = self.opened.checkpoints, self.total
+        checkpoints.wait()
+        result = {"mode": "train", "workdir": str(self.setting.workdir), "step": total, "checkpoint": total}
+        if self.setting.is_whole:
+            chosen, params = self._chosen(used_params(self.residence.parts()))
+            result |= {"checkpoint": chosen, "split": "test", **self.score(chosen, params, "test", at_end=True)}
+        else:
+            blocks = list(self.setting.blocks)
+            logging.info("blocks %s are trained: join them with the others by --mode=merge", blocks)
+            result |= {"blocks": blocks}
+        return result | {"steps_run": total - self.start, "seconds": round(seconds, 2)}
+
+    def _chosen(self, last: dict[str, Params]) -> tuple[int, dict[str, Params]]:
+        """The step to be scored and its parameters: the best by validation that can be read, else `last`."""
+        for step in self.opened.checkpoints.best():
+            if step == self.total:
+                break
+            try:
+                like = {name: part.params for name, part in self.setting.fresh(self.setting.stage_of(step)).items()}
+                return step, self.opened.checkpoints.restore_params(step, like)
+            except Unusable as error:
+                logging.error("%s: taking the next best", error)
+        return self.total, last
+
+    def leave(self, reason: Stopped | UserError) -> None:
+        """Save, and say where the run stands.
+
+        Raises:
+          Stopped, UserError: what `reason` is, with what to do.
+          Unsaved: it could not be saved.
+        """
+        self.stop.is_safe = lambda: False  # what remains is done here
+        if isinstance(reason, UserError) and jax.process_count() > 1:
+            raise reason  # the other processes know nothing of it, and cannot be asked to save
+        self.save()
+        self.opened.checkpoints.wait()
+        why = f"{reason}. Stopped" if isinstance(reason, UserError) else "stopped"
+        where = f"{why} at step {self.step} of {self.total}"
+        if not self.opened.checkpoints.holds(self.step):
+            raise Unsaved(f"{where}, which could not be saved") from reason
+        if unsaved := self.logs.unsaved():
+            raise Unsaved(f"{where}; not everything could be saved: {unsaved}") from reason
+        raise type(reason)(f"{where}: the same command goes on from there") from reason
+
+    def close(self, result: dict[str, Any]) -> dict[str, Any]:
+        """`result`, with what was skipped and what could not be saved."""
+        checkpoints = self.opened.checkpoints
+        if skipped := sum(self.health.record["total"].values()):
+            result |= {"steps_skipped": skipped}
+        if not checkpoints.holds(self.total):  # the disk may have room again
+            self.save()
+            checkpoints.wait()
+        lost = {step: why for step, why in checkpoints.failed.items() if not checkpoints.holds(step)}
+        unsaved = [f"step {step}: {why}" for step, why in lost.items()] + self.logs.unsaved()
+        return result | {"unsaved": unsaved} if unsaved else result
+
+
+def judge(
+    scores: Sequence[Score],
+    params: dict[str, Params],
+    data: Data,
+    split: str,
+    *,
+    at_end: bool,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """The figures of a model on a split: those due at every checkpoint, or all. What `check` raises ends it."""
+    found: dict[str, Any] = {}
+    for score in scores:
+        if at_end or score.at_saves:
+            found |= score.run(params, data, split, check)
+    return found
+
+
+def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:
+    """The jitted training step that a config describes; see `make_train_step`."""
+    return make_train_step(
+        task,
+        blueprint,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate_grad_batches,
+        parallel=parallel,
+    )
+
+
+def parallel_of(setting: Setting) -> Parallel | None:
+    """How blocks train side by side, if they do."""
+    config = setting.config
+    return Parallel(setting.mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
+
+
+def next_multiple(step: int, of: int) -> int:
+    """The first multiple that lies beyond `step`."""
+    return (step // of + 1) * of
+
+
+def open_run(setting: Setting, held: ExitStack, *, command: list[str], overrides: dict[str, Any]) -> Opened:
+    """Claim the folder, put this start on record, and take up the newest checkpoint that is sound.
+
+    Raises:
+      UserError: the folder cannot be written, is in use, or holds nothing that can be gone on with.
+    """
+    workdir, config = setting.workdir, setting.config
+    parts = begin(setting)
+    with run_folder.writing(workdir), first_process_first("workdir"):
+        held.enter_context(run_folder.claim(workdir))
+        run_folder.open_run(
+            workdir, config.to_dict(), setting.card, was=setting.saved, command=command, overrides=overrides
+        )
+    scores: dict[int, float] = {}
+    with run_folder.writing(workdir):
+        checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
+        step, parts, about = checkpoints.resume(partial(parts_like, setting, parts), parts)
+        check_alike("checkpoints", step)
+        if "imported" in about:
+            raise UserError(
+                f"{workdir} was imported from {about['imported']}, without the optimizer's moments: "
+                "it can be scored and exported, but not trained on"
+            )
+        main = setting.entry.main_score
+        with first_process_first("log"):
+            run_folder.forget_metrics_after(workdir, step)
+            on_record = {split: run_folder.scores(workdir, split, main.name) for split in ("val", "test")}
+    sign = 1 if main.more_is_better else -1
+    scores.update({at: sign * value for at, value in on_record["val"].items()})
+    return Opened(
+        checkpoints, step, parts, about.get("skipped", {}), scores, {split: set(at) for split, at in on_record.items()}
+    )
+
+
+def parts_like(setting: Setting, first: dict[str, Part], step: int) -> dict[str, Part]:
+    """Parts shaped and placed as a checkpoint of `step` is read. `first` are those of the start."""
+    stage = setting.stage_of(step)
+    return first if stage is setting.stages[0] else setting.fresh(stage)
 
 
 def train(
-    config: ConfigDict, workdir: Path, *, command: list[str], overrides: dict[str, Any], stop: Stop | None = None
+    entry: Entry,
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    command: list[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Train the run in `workdir` from where it stands to its end, and score it on the test split.
 
@@ -60,229 +359,21 @@ def train(
       Diverged: too many steps in a row had numbers that are not finite.
       Unsaved: what a `Stopped` or unreadable image ended could not be saved.
     """
-    check_config(config)
+    check_config(entry, config)
     if config.wandb:
         check_wandb()
     with arithmetic(config), ExitStack() as held:
-        return _train(config, workdir, held, command=command, overrides=overrides, stop=stop or Stop())
-
-
-def _train(
-    config: ConfigDict,
-    workdir: Path,
-    held: ExitStack,
-    *,
-    command: list[str],
-    overrides: dict[str, Any],
-    stop: Stop,
-) -> dict[str, Any]:
-    # Checks that need no data.
-    mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
-    check_batch_size("batch_size", config.batch_size, mesh)
-    check_alike("config", config.to_dict())
-    saved = run_folder.read_saved(workdir, run_folder.CONFIG)
-    if saved is not None:
-        check_resumable(saved, config, str(workdir))
-    elif (workdir / FOLDER).exists():
-        raise UserError(f"{workdir} holds checkpoints but no {run_folder.CONFIG}: restore it, or use another --workdir")
-
-    # Data.
-    with first_process_first("data"):
-        dataset = find_dataset(config)
-    train_source = dataset.split("train")
-    length = count_steps(config, len(train_source))
-    total_steps, updates, steps_per_epoch = length
-    images_per_step = config.batch_size * config.accumulate_grad_batches
-    val_source, test_source = dataset.split("val"), dataset.split("test")
-    card = dataset.to_dict() | {"images": len(train_source)}
-    saved_card = run_folder.read_saved(workdir, run_folder.DATA)
-    if saved_card is not None:
-        check_same_data(saved_card, card, str(workdir))
-    watched, watched_name = (val_source, "val") if val_source is not None else (test_source, "test")
-
-    # Model, and what a step does to it.
-    blocks = trained_blocks(config)
-    with on_cpu():
-        blueprint, params = Blueprint.of(new_model(config, architecture(config, dataset)))
-        mine = sorted({name for block in blocks for name in blueprint.names(block)})
-        parts = jax.device_get({name: new_part(params[name]) for name in mine})
-    parts = replicate(parts, mesh, "pinned_host" if rest_on_host(config) else "device")
-    loss_fn, ranges = make_objective(config, blueprint)
-    parallel = Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
-    train_step = make_step(config, loss_fn, dataset, parallel)
-    plan = curriculum(config, total_steps)
-    lr_at = schedule(config, updates)
-    classify = make_classifier(config, blueprint, dataset)
-
-    # Some blocks alone cannot classify: a run of theirs is merged with the others' before it is scored.
-    whole = config.model_type == "vit" or len(blocks) == config.num_blocks
-    save_every = config.save_every_n_epochs * steps_per_epoch
-
-    def is_scored(step: int) -> bool:
-        """Whether training stops to evaluate here. At the end the test split is scored in any case."""
-        return whole and step > 0 and (step % save_every == 0 if step < total_steps else val_source is not None)
-
-    # Resume, or start.
-    with run_folder.writing(workdir), first_process_first("workdir"):
-        held.enter_context(run_folder.claim(workdir))
-        run_folder.open_run(workdir, config.to_dict(), card, was=saved, command=command, overrides=overrides)
-    scores: dict[int, float] = {}  # step -> accuracy on the validation split
-    with run_folder.writing(workdir):
-        checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
-        start, parts, saved_run = checkpoints.resume(parts)
-        check_alike("checkpoints", start)
-        if "imported" in saved_run:
-            raise UserError(
-                f"{workdir} was imported from {saved_run['imported']}, without the optimizer's moments: "
-                "it can be scored and exported, but not trained on"
-            )
-        with first_process_first("log"):
-            run_folder.forget_metrics_after(workdir, start)
-            on_record = {split: run_folder.scores(workdir, split) for split in ("val", "test")}
-    scores.update(on_record["val"])
-    if is_first():
-        sources = {"training": train_source, "validation": val_source, "test": test_source}
-        images = {split: len(source) for split, source in sources.items() if source is not None}
-        together = blueprint.names(blocks[0])
-        about = overview(
-            config, workdir, dataset=dataset, images=images, mesh=mesh, params=params, trained=together, length=length,
-            start=start,
-        )  # fmt: skip
-        print(about, file=sys.stderr)
-    if config.block_parallel:
-        model = SideBySide(train_step, parts, blueprint.names, mesh, isolated=config.sharing == "isolated")
-    else:
-        model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=rest_on_host(config))
-    del params, parts  # the model has them now
-    feed = make_feed(
-        train_source,
-        image_shape=dataset.image_shape,
-        batch_size=images_per_step,
-        seed=config.seed,
-        most=min(config.steps_per_call, config.log_every_n_steps),
-        mesh=mesh,
-    )
-
-    # Steps.
-    began = time.perf_counter()
-    health = Health(config.max_bad_steps, saved_run.get("skipped", {}))
-    logs = Logs(workdir, start=start, wandb=config.wandb, config=config.to_dict())
-    held.callback(logs.close)
-    display = held.enter_context(Display(total_steps=total_steps, start=start, sigmas=noise_ranges(config)))
-    progress = Progress(
-        logs,
-        display,
-        steps_per_epoch=steps_per_epoch,
-        log_every=config.log_every_n_steps,
-        images_per_step=images_per_step * (len(blocks) if config.block_parallel else 1),
-        health=health,
-    )
-    pace = Pace(feed.most, adapt=jax.process_count() == 1)
-
-    def save(step: int) -> None:
-        progress.flush()
-        pace.rest()
-        run_folder.restore_if_lost(workdir, config.to_dict(), card)
-        checkpoints.save(step, model.parts(), {"config": config.to_dict(), "data": card, "skipped": health.record})
-
-    def score(step: int, params: dict[str, Params], source: Source, split: str) -> dict[str, Any]:
-        size = config.eval_batch_size
-        display.say_doing(f"scoring the {split} split")
-        answered = answers(classify, params, source, batch_size=size, mesh=mesh, at_each_batch=stop.check)
-        found = metrics(*answered, source.labels)
-        if step not in on_record[split]:
-            progress.evaluated(step, split, found)
-        return found
-
-    step = start
-    stop.is_safe = lambda: checkpoints.holds(step) and not checkpoints.is_saving() and logs.is_whole()
-    # A run that ended after its checkpoint and before its evaluation owes that.
-    owes_score = is_scored(start) and start not in on_record[watched_name]
-    try:
-        while step < total_steps or owes_score:
-            stop.check()
-            checkpoints.look()
-            if owes_score:
-                found = score(step, params_of(model.parts()), watched, watched_name)
-                if val_source is not None:  # nothing is chosen by the test split
-                    scores[step] = found["top1"]
-                owes_score = False
-                continue
-
-            # As many steps as one call can make: of the same block, up to the next line of the log or checkpoint.
-            until = min(_next_multiple(step, config.log_every_n_steps), _next_multiple(step, save_every), total_steps)
-            count = plan.run(step, min(pace.steps, until - step))
-            block, position = plan.at(step)
-            lr = [lr_at(plan.rate_step(position + i)) for i in range(count)]
-            data = feed.take(position, count)
-            steps = Steps(
-                count=np.int32(count),
-                block=np.int32(block),
-                position=np.int32(position),
-                lr=np.array(lr + [0.0] * (feed.most - count), np.float32),
-                within=ranges[block],
-            )
-            if isinstance(model, SideBySide):
-                steps = steps._replace(block=np.arange(len(blocks), dtype=np.int32), within=stack_ranges(ranges))
-                log, trained = model.train(data, steps), blocks
-            else:
-                log, trained = model.train(block, data, steps), (block,)
-            step += count
-            progress.add(step, trained, count, lr[-1], log, feed.waited)
-            pace.add(count, log)
-
-            if step == total_steps or step % save_every == 0:
-                save(step)
-                owes_score = is_scored(step)
-        model.wait()
-        seconds = time.perf_counter() - began
-
-        # The result: the best checkpoint by validation, or the last, on the test split.
-        checkpoints.wait()
-        result = {"mode": "train", "workdir": str(workdir), "step": total_steps, "checkpoint": total_steps}
-        if whole:
-            chosen, params = _chosen(checkpoints, total_steps, params_of(model.parts()))
-            result |= {"checkpoint": chosen, "split": "test", **score(chosen, params, test_source, "test")}
-        else:
-            logging.info("blocks %s are trained: join them with the others by --mode=merge", list(blocks))
-            result |= {"blocks": list(blocks)}
-    except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
-        stop.is_safe = lambda: False  # what remains is done here
-        if isinstance(reason, UserError) and jax.process_count() > 1:
-            raise  # the other processes know nothing of it, and cannot be asked to save
-        save(step)
-        checkpoints.wait()
-        why = f"{reason}. Stopped" if isinstance(reason, UserError) else "stopped"
-        if not checkpoints.holds(step):
-            raise Unsaved(f"{why} at step {step} of {total_steps}, which could not be saved") from reason
-        if unsaved := logs.unsaved():
-            raise Unsaved(
-                f"{why} at step {step} of {total_steps}; not everything could be saved: {unsaved}"
-            ) from reason
-        raise type(reason)(f"{why} at step {step} of {total_steps}: the same command goes on from there") from reason
-    result |= {"steps_run": total_steps - start, "seconds": round(seconds, 2)}
-    if skipped := sum(health.record["total"].values()):
-        result |= {"steps_skipped": skipped}
-    if not checkpoints.holds(total_steps):  # the disk may have room again
-        save(total_steps)
-        checkpoints.wait()
-    lost = {step: why for step, why in checkpoints.failed.items() if not checkpoints.holds(step)}
-    unsaved = [f"step {step}: {why}" for step, why in lost.items()] + logs.unsaved()
-    return result | {"unsaved": unsaved} if unsaved else result
-
-
-def _chosen(checkpoints: Checkpoints, last: int, params: dict[str, Params]) -> tuple[int, dict[str, Params]]:
-    """The step to be scored and its parameters: the best by validation that can be read, else the last, `params`."""
-    for step in checkpoints.best():
-        if step == last:
-            break
+        setting = prepare(entry, config, workdir)
+        opened = open_run(setting, held, command=command or [], overrides=overrides or {})
+        if is_first():
+            print(overview(setting, opened.step), file=sys.stderr)
+        logs = Logs(workdir, start=opened.step, wandb=config.wandb, config=config.to_dict())
+        held.callback(logs.close)
+        display = held.enter_context(Display(total_steps=setting.length.steps, start=opened.step))
+        trainer = Trainer(setting, opened, logs, display, stop or Stop())
         try:
-            return step, checkpoints.restore_params(step, params)
-        except Unusable as error:
-            logging.error("%s: taking the next best", error)
-    return last, params
-
-
-def _next_multiple(step: int, of: int) -> int:
-    """The first multiple that lies beyond `step`."""
-    return (step // of + 1) * of
+            result = trainer.result(trainer.run())
+        except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
+            trainer.leave(reason)
+            raise
+        return trainer.close(result)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from dblocks_jax.models.blueprint import Params
 from dblocks_jax.run.errors import UserError
 
-Params = Any  # nested dicts of arrays, one leaf for each nnx.Param
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -22,18 +22,19 @@ class Part(NamedTuple):
 
     params: Params
     adam: optax.ScaleByAdamState
+    average: Params = ()  # of the parameters, over the updates of this part; nothing where none is kept
 
 
-def params_of(parts: dict[str, Part]) -> dict[str, Params]:
-    """Every part's parameters."""
-    return {name: part.params for name, part in parts.items()}
+def used_params(parts: dict[str, Part]) -> dict[str, Params]:
+    """What a model answers with: each part's average where one is kept, else its parameters."""
+    return {name: part.params if part.average == () else part.average for name, part in parts.items()}
 
 
-def new_part(params: Params) -> Part:
-    """A part with zero moments and step count 0."""
+def new_part(params: Params, *, averaged: bool = False) -> Part:
+    """A part with zero moments and step count 0, and an average where one is to be kept."""
     adam = optax.scale_by_adam(BETA_1, BETA_2, EPSILON).init(params)
     assert isinstance(adam, optax.ScaleByAdamState)
-    return Part(params, adam)
+    return Part(params, adam, jax.tree.map(jnp.copy, params) if averaged else ())
 
 
 # (gradients, whether they are finite) -> (the gradients to apply, whether to apply them, part by part)
@@ -52,14 +53,15 @@ def adamw(
     lr: Float[Array, ""],
     weight_decay: float,
     clip_norm: float,
+    ema_decay: float = 0.0,
     is_sound: Bool[Array, ""] | bool = True,
     combine: Combine = _alone,
 ) -> tuple[tuple[Part, ...], Float[Array, ""]]:
     """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
 
     Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). Without `is_sound`, or where the norm is
-    not finite, nothing changes. `combine` is applied to the clipped gradients: where others train at the same time,
-    their gradients of common parts come in here.
+    not finite, nothing changes. Averages follow: a = ema_decay * a + (1 - ema_decay) * p. `combine` is applied to the
+    clipped gradients: where others train at the same time, their gradients of common parts come in here.
     """
     norm = optax.tree.norm(grads)
     is_sound = is_sound & jnp.isfinite(norm)
@@ -68,7 +70,7 @@ def adamw(
     clipped, sound = combine(jax.tree.map(lambda g: g * scale, grads), is_sound)
     updated = []
     for part, grad, is_part_sound in zip(parts, clipped, sound, strict=True):
-        params, (count, mu, nu) = part
+        params, (count, mu, nu), average = part
 
         def keep_unless_sound(new: Any, old: Any, is_sound: Bool[Array, ""] = is_part_sound) -> Any:
             return jax.tree.map(partial(jnp.where, is_sound), new, old)
@@ -81,7 +83,12 @@ def adamw(
         mean, square = optax.tree.bias_correction(mu, BETA_1, count), optax.tree.bias_correction(nu, BETA_2, count)
         step = jax.tree.map(lambda p, m, s: m / (jnp.sqrt(s) + EPSILON) + weight_decay * p, params, mean, square)
         params = keep_unless_sound(jax.tree.map(lambda p, s: p - lr * s, params, step), params)
-        updated.append(Part(params, optax.ScaleByAdamState(count, mu, nu)))
+        if average != ():
+            # A young average forgets faster, else it would hold on to the parameters of the start.
+            decay = jnp.minimum(ema_decay, (1.0 + count) / (10.0 + count))
+            moved = jax.tree.map(lambda a, p, decay=decay: decay * a + (1 - decay) * p, average, params)
+            average = keep_unless_sound(moved, average)
+        updated.append(Part(params, optax.ScaleByAdamState(count, mu, nu), average))
     return tuple(updated), norm
 
 

@@ -10,11 +10,10 @@ import numpy as np
 from absl import logging
 
 from dblocks_jax.run.logs import Logs
-from dblocks_jax.tasks.classify.objective import WORST_SIGMA
 from dblocks_jax.training.display import Display, memory_in_use
 from dblocks_jax.training.health import Health
 from dblocks_jax.training.pace import is_home
-from dblocks_jax.training.step import SKIPPED, Log
+from dblocks_jax.training.step import SKIPPED, WORST_LEVEL, Log
 
 WINDOWS_AHEAD = 2  # how far the host may run ahead of the device before it waits, so that batches cannot pile up
 
@@ -79,11 +78,10 @@ class Progress:
         self._closed.append((step, lr, waited - self._waited, self._window))
         self._window, self._waited = [], waited
 
-    def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
-        """Record an evaluation, and start the clock anew after it."""
+    def evaluated(self, step: int, split: str, scores: dict[str, Any], told: str) -> None:
+        """Record an evaluation, `told` in words, and start the clock anew after it."""
         self._logs.add({"step": step, "split": split, **scores})
-        by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
-        logging.info("step %d: %s top1 %.4f (after each denoising step: %s)", step, split, scores["top1"], by_step)
+        logging.info("step %d: %s %s", step, split, told)
         self._since = None if self._since is None else (self._since[0], time.perf_counter())
 
     def _write_first(self, count: int) -> None:
@@ -112,7 +110,7 @@ class Progress:
             for i, block in enumerate(blocks):
                 of_block = {name: value[i] for name, value in values.items()}
                 skipped += self._health.take(first_step, block, of_block)
-                for name in of_block.keys() - {SKIPPED, WORST_SIGMA}:
+                for name in of_block.keys() - {SKIPPED, WORST_LEVEL}:
                     by_block[block][name].append(of_block[name][of_block[SKIPPED] == 0])
         means = {
             str(block): {name: _mean(np.concatenate(values)) for name, values in sorted(by_block[block].items())}

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from dblocks_jax.data.feed import Resident, Streamed
 from dblocks_jax.run.devices import replicate, stack_over_blocks, to_device, to_host, unstack
 from dblocks_jax.training.optimizer import Part
-from dblocks_jax.training.step import Log, Resident, Steps, Streamed, TrainStep
+from dblocks_jax.training.step import Log, Steps, TrainStep
 
 
 class OneAtATime:

@@ -1,6 +1,6 @@
-"""The training step: one jitted function for the plain model, one for every block of a DiffusionBlocks model."""
+"""The training step, the paper's Algorithm 1: one jitted function for every task, and for every block of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,44 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from dblocks_jax.data.augment import augment, normalize
-from dblocks_jax.diffusion.noise import SigmaRange
+from dblocks_jax.data.feed import Resident, Streamed
+from dblocks_jax.diffusion.loss import weighted_loss
+from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.devices import BLOCK
 from dblocks_jax.run.streams import stream
-from dblocks_jax.tasks.classify.objective import WORST_SIGMA, Metrics, worst
-from dblocks_jax.training.optimizer import Params, Part, adamw
+from dblocks_jax.tasks.task import Draws, Task
+from dblocks_jax.training.optimizer import Part, adamw
 
-# (params of each part, images, labels, key, noise range or None) -> (loss, metrics)
-LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]
+Metrics = dict[str, Float[Array, ""]]
 SKIPPED = "skipped"  # metric: 1 where a step changed nothing, for its loss or gradient was not finite
+WORST_LEVEL = "worst_level"  # metric: the level of the sample with the largest loss, or of one that is not finite
 Log = dict[str, Float[Array, "*blocks k"]]  # the metrics of k steps
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What happens to a training image before it is normalised; see `dblocks_jax.data.augment.augment`."""
-
-    crop_padding: int
-    flip: bool
-    resized_crop: bool
-    rand_augment: bool
-
-
-class Resident(NamedTuple):
-    """A training set that lives on the device, and which of its images each of the next steps takes."""
-
-    images: UInt8[Array, "n h w c"]
-    labels: Int[Array, " n"]
-    indices: Int[Array, "k b"]
-
-
-class Streamed(NamedTuple):
-    """The batch of one step, brought from the host."""
-
-    images: UInt8[Array, "b h w c"]
-    labels: Int[Array, " b"]
 
 
 class Steps(NamedTuple):
@@ -58,80 +34,93 @@ class Steps(NamedTuple):
     block: np.int32 | Int[np.ndarray, "*blocks"] | Int[Array, "*blocks"]
     position: np.int32 | Int[Array, ""]  # of the first; the others follow
     lr: Float[np.ndarray, " k"] | Float[Array, " k"]
-    within: SigmaRange | None  # the block's noise; None for the plain model
+    share: Any  # the block's part of the corruption; None for a plain network
 
 
 # (parts, data, steps) -> (parts, metrics of each step)
 TrainStep = Callable[[tuple[Part, ...], Resident | Streamed, Steps], tuple[tuple[Part, ...], Log]]
 
 
+def block_loss(task: Task, blueprint: Blueprint, params: tuple[Params, ...], example: Any, key: Key[Array, ""], share):
+    """(loss of one block on an example, metrics): the inner part of Algorithm 1, which is differentiated.
+
+    `params` are those of the parts that train together; `share` is the block's part of the corruption.
+    """
+    draws = Draws(*jax.random.split(key, len(Draws._fields)))
+    count = jax.tree.leaves(example)[0].shape[0]
+    level = None if task.corruption is None else task.corruption.draw(draws.level, count, share)
+    losses = task.losses(blueprint.together(params), example, level, draws)
+    loss = weighted_loss(losses.each, losses.weight, task.weighting)
+    metrics = {name: jnp.mean(values) for name, values in losses.watched.items()}
+    return loss, metrics if level is None else metrics | {WORST_LEVEL: level[worst(losses.each)]}
+
+
+def worst(losses: Float[Array, " n"]) -> Int[Array, ""]:
+    """Index of the first loss that is not finite, else of the largest."""
+    return jnp.argmax(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+
+
 def make_train_step(
-    loss_fn: LossFn,
+    task: Task,
+    blueprint: Blueprint,
     *,
-    augmentation: Augmentation,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     seed: int,
     weight_decay: float,
     clip_norm: float,
     accumulate: int,
+    ema_decay: float = 0.0,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
 
     `parts` holds only what these steps train and is donated; every other parameter is out of its reach, so it cannot
-    move, decay or count. A batch has accumulate * b images; the gradient is the mean over micro-batches of b. Parts of
-    equal shapes share one compilation, whichever block they are. Random numbers are a function of (seed, block,
+    move, decay or count. A batch has accumulate * b examples; the gradient is the mean over micro-batches of b. Parts
+    of equal shapes share one compilation, whichever block they are. Random numbers are a function of (seed, block,
     position), not of how many steps one call makes. A step whose loss or gradient is not finite changes nothing, and
     says so in the metric SKIPPED.
 
     With `parallel` one call trains all blocks, each on its own devices: see `Parallel`.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     together = {} if parallel is None else {"combine": parallel.combine}
 
-    def gradient(
-        params: tuple[Params, ...],
-        images: UInt8[Array, "b h w c"],
-        labels: Int[Array, " b"],
-        key: Key[Array, ""],
-        within: SigmaRange | None,
-    ) -> tuple[Any, Metrics]:
-        key_augment, key_loss = jax.random.split(key)
-        augmented = augment(
-            key_augment, images,
-            crop_padding=augmentation.crop_padding, flip=augmentation.flip,
-            resized_crop=augmentation.resized_crop, rand_augment=augmentation.rand_augment,
-        )  # fmt: skip
-        (loss, metrics), grads = grad_fn(params, normalize(augmented, mean, std), labels, key_loss, within)
+    def gradient(params: tuple[Params, ...], batch: Any, key: Key[Array, ""], share: Any) -> tuple[Any, Metrics]:
+        key_prepare, key_loss = jax.random.split(key)
+        example = task.prepare(key_prepare, batch)
+
+        def loss_of(params):
+            return block_loss(task, blueprint, params, example, key_loss, share)
+
+        (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return grads, {"loss": loss, **metrics}
 
-    def one_step(parts: tuple[Part, ...], images, labels, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
+    def one_step(parts: tuple[Part, ...], batch: Any, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
         key = jax.random.fold_in(stream(seed, "train", steps.position + i), steps.block)
         if accumulate == 1:
-            grads, metrics = gradient(params, images, labels, key, steps.within)
+            grads, metrics = gradient(params, batch, key, steps.share)
         else:
-            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, images, labels, key, steps.within)
+            grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, batch, key, steps.share)
         is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
             parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
-            is_sound=is_sound, **together,
+            ema_decay=ema_decay, is_sound=is_sound, **together,
         )  # fmt: skip
         return updated, {**metrics, "grad_norm": norm, SKIPPED: 1.0 - (is_sound & jnp.isfinite(norm))}
 
     def train_steps(parts: tuple[Part, ...], data: Resident | Streamed, steps: Steps) -> tuple[tuple[Part, ...], Log]:
         if isinstance(data, Streamed):
-            parts, metrics = one_step(parts, data.images, data.labels, steps, 0)
+            parts, metrics = one_step(parts, data.batch, steps, 0)
             return parts, {name: value[None] for name, value in metrics.items()}
+
+        def batch_of(i):
+            return jax.tree.map(lambda array: array[data.indices[i]], data.examples)
 
         def body(i, carry):
             parts, log = carry
-            chosen = data.indices[i]
-            parts, metrics = one_step(parts, data.images[chosen], data.labels[chosen], steps, i)
+            parts, metrics = one_step(parts, batch_of(i), steps, i)
             return parts, {name: log[name].at[i].set(value) for name, value in metrics.items()}
 
-        shapes = jax.eval_shape(one_step, parts, data.images[data.indices[0]], data.labels[data.indices[0]], steps, 0)
+        shapes = jax.eval_shape(one_step, parts, batch_of(0), steps, 0)
         log = {name: jnp.zeros(steps.lr.shape, value.dtype) for name, value in shapes[1].items()}
         # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
         return jax.lax.fori_loop(0, steps.count, body, (parts, log))
@@ -143,7 +132,7 @@ def make_train_step(
 class Parallel:
     """Blocks trained at the same time, along the mesh's axis "block".
 
-    `Part`s of blocks, `Steps.block`, `Steps.within` and metrics then have a leading axis for the blocks. Common parts,
+    `Part`s of blocks, `Steps.block`, `Steps.share` and metrics then have a leading axis for the blocks. Common parts,
     the first of the parts unless `isolated`, are updated with the mean of the blocks' gradients, each of them clipped:
     all that blocks tell each other. Isolated ones tell each other nothing.
     """
@@ -163,15 +152,15 @@ class Parallel:
         by_block: Any = PartitionSpec(BLOCK)
         common: Any = PartitionSpec()
         parts_spec = (by_block if self.isolated else common, by_block)
-        steps_spec = Steps(count=common, block=by_block, position=common, lr=common, within=by_block)
+        steps_spec = Steps(count=common, block=by_block, position=common, lr=common, share=by_block)
 
         def on_one_group(parts, data, steps):
             of_one = tuple(
                 jax.tree.map(lambda leaf: leaf[0], part) if spec == by_block else part
                 for part, spec in zip(parts, parts_spec, strict=True)
             )
-            block, within = jax.tree.map(lambda leaf: leaf[0], (steps.block, steps.within))
-            of_one, log = train_steps(of_one, data, steps._replace(block=block, within=within))
+            block, share = jax.tree.map(lambda leaf: leaf[0], (steps.block, steps.share))
+            of_one, log = train_steps(of_one, data, steps._replace(block=block, share=share))
             parts = tuple(
                 jax.tree.map(lambda leaf: leaf[None], part) if spec == by_block else part
                 for part, spec in zip(of_one, parts_spec, strict=True)
@@ -188,19 +177,24 @@ class Parallel:
         )
 
 
-def _mean_over_micro_batches(gradient, accumulate: int, params, images, labels, key, within):
+def stack_shares(shares: Sequence[Any]) -> Any:
+    """Those of several blocks as one, each leaf [blocks]."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *shares)
+
+
+def _mean_over_micro_batches(gradient, accumulate: int, params, batch, key, share):
     """Run `gradient` on each micro-batch in turn and average what it returns, holding one set of activations."""
-    # Micro-batch i takes images i, i + accumulate, ...: of a batch split over devices, each then has its share.
-    micro_images = images.reshape(-1, accumulate, *images.shape[1:]).swapaxes(0, 1)
-    micro_labels = labels.reshape(-1, accumulate).swapaxes(0, 1)
-    keys = jax.random.split(key, accumulate)
+
+    # Micro-batch i takes examples i, i + accumulate, ...: of a batch split over devices, each then has its share.
+    def cut(array):
+        return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
 
     def add(total, micro):
-        grads, metrics = gradient(params, *micro, within)
+        grads, metrics = gradient(params, *micro, share)
         return jax.tree.map(lambda t, g: t + g / accumulate, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, metrics = jax.lax.scan(add, zeros, (micro_images, micro_labels, keys))
+    grads, metrics = jax.lax.scan(add, zeros, (jax.tree.map(cut, batch), jax.random.split(key, accumulate)))
     of_worst = worst(metrics["loss"])
-    means = {name: values[of_worst] if name == WORST_SIGMA else jnp.mean(values) for name, values in metrics.items()}
+    means = {name: values[of_worst] if name == WORST_LEVEL else jnp.mean(values) for name, values in metrics.items()}
     return grads, means

@@ -1,0 +1,74 @@
+"""Score a classifier on a split: every image exactly once, whatever the batch size."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from dblocks_jax.data.batches import eval_batches
+from dblocks_jax.data.datasets import Source
+from dblocks_jax.models.blueprint import Params
+from dblocks_jax.run.devices import DATA, gather, shard
+from dblocks_jax.tasks.classify.classifier import Classifier, summarize
+
+
+def answers(
+    classify: Classifier,
+    params: dict[str, Params],
+    source: Source,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    at_each_batch: Callable[[], None] = lambda: None,
+) -> tuple[Int[np.ndarray, "n images"], Float[np.ndarray, "images classes"]]:
+    """(the label each step believes, the last step's logits) for every image of a split, in its order.
+
+    The batch is rounded up to a multiple of the devices. Each process reads and classifies its part of a batch, and
+    gets the results of all. What `at_each_batch` raises ends it.
+    """
+    count = mesh.shape[DATA]
+    batch_size = math.ceil(min(batch_size, len(source)) / count) * count
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    results = []
+    for batch in eval_batches(source, batch_size=batch_size, **share):
+        at_each_batch()
+        on_device = shard({name: batch[name] for name in ("image", "position")}, mesh)
+        logits = classify(params, on_device["image"], on_device["position"])
+        results.append(gather(summarize(logits), mesh))
+        if len(results) > 2:  # the device works on two batches while earlier results come home
+            results[-3] = jax.device_get(results[-3])
+    results = jax.device_get(results)
+    # Results are in the order of the split; what fills the last batch is at the end.
+    believed = np.concatenate([labels for labels, _ in results], axis=1)[:, : len(source)]
+    logits = np.concatenate([logits for _, logits in results])[: len(source)]
+    return believed, logits
+
+
+def metrics(
+    believed: Int[np.ndarray, "n images"],
+    logits: Float[np.ndarray, "images classes"],
+    labels: Int[np.ndarray, " images"],
+) -> dict[str, Any]:
+    """Scores in [0, 1] and cross-entropy in nats, from each step's labels and the last step's logits.
+
+    top1, top5 (of equal logits the lower label ranks first), macro_f1 (the mean over all classes), cross_entropy,
+    accuracy_by_step (its last entry is top1), num_images.
+    """
+    from sklearn.metrics import f1_score
+
+    num_classes = logits.shape[1]
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    return {
+        "num_images": len(labels),
+        "top1": float(np.mean(believed[-1] == labels)),
+        "top5": float(np.mean((top5 == labels[:, None]).any(axis=1))),
+        "macro_f1": float(f1_score(labels, believed[-1], labels=range(num_classes), average="macro", zero_division=0)),
+        "cross_entropy": float(-np.mean(log_probs[np.arange(len(labels)), labels])),
+        "accuracy_by_step": [float(accuracy) for accuracy in np.mean(believed == labels, axis=1)],
+    }

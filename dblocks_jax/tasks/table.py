@@ -1,0 +1,22 @@
+"""The tasks that a config can name."""
+
+from ml_collections import ConfigDict
+
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.classify import show as show_classify
+from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.tasks.task import Entry
+
+TASKS = {entry.name: entry for entry in (CLASSIFY,)}
+SHOWN = {"classify": show_classify}  # task -> what a person sees of it: step_of, levels_of
+
+
+def entry_of(config: ConfigDict) -> Entry:
+    """The task that a config names.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if config.task not in TASKS:
+        raise UserError(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[config.task]

@@ -1,0 +1,136 @@
+"""The seam between tasks and trainer: what a task answers, and all that the trainer knows of it.
+
+Algorithm 1 of the paper, as `dblocks_jax/training/step.py` runs it for every task:
+
+    block   = curriculum.at(step)                                    on the host
+    batch   = feed.take(position)                                    a pytree of arrays
+    example = task.prepare(key, batch)                               augmented, normalised
+    level   = task.corruption.draw(key, n, shares[block])            this block's share only
+    losses  = task.losses(modules, example, level, keys)             one for each sample, and its weight, apart
+    loss    = weighted_loss(losses.each, losses.weight, task.weighting)
+    parts   = adamw(parts, grad(loss))                               this block's and the common ones, nothing else
+
+To write a task of one's own: docs/new_task.md, examples/own_task.py.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from dblocks_jax.data.source import Data
+from dblocks_jax.diffusion.loss import Weighting
+from dblocks_jax.models.blueprint import Blueprint, Params
+
+
+class Draws(NamedTuple):
+    """The random keys of one step of one block."""
+
+    level: Key[Array, ""]
+    noise: Key[Array, ""]
+    condition: Key[Array, ""]  # what is dropped of it, for guidance
+    network: Key[Array, ""]  # dropout
+
+
+class Losses(NamedTuple):
+    """What a batch costs: never a mean."""
+
+    each: Float[Array, " b"]
+    weight: Float[Array, " b"] | None  # w(level), as the paper has it; None where there is none
+    watched: dict[str, Float[Array, " b"]]  # figures to be logged, by name
+
+
+class Corruption(Protocol):
+    """How a target is hidden, and which part of that is whose. Block 0 has the most corrupted."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def shares(self) -> Sequence[Any]:
+        """What each block trains on: pytrees of numpy scalars, all alike."""
+        ...
+
+    def draw(self, key: Key[Array, ""], count: int, share: Any) -> Float[Array, " count"]:
+        """Levels of one share, on the device."""
+        ...
+
+    def owners(self, levels: Float[np.ndarray, " n"]) -> list[int]:
+        """The block of each level: the one answer, for training, evaluation and samplers."""
+        ...
+
+    def describe(self, block: int) -> str:
+        """A block's own share in words."""
+        ...
+
+
+class Score(NamedTuple):
+    """A way to judge a model on a split. `run(params, data, split, at_each_batch)` returns figures by name."""
+
+    run: Callable[[dict[str, Params], Data, str, Callable[[], None]], dict[str, Any]]
+    at_saves: bool  # while it trains too; else at the end, and by --mode=eval
+
+
+@dataclass(frozen=True)
+class MainScore:
+    """The figure that chooses a checkpoint."""
+
+    name: str
+    more_is_better: bool
+
+
+class Task(Protocol):
+    """One of the paper's experiments, for given data and sizes. A plain network has one part and no corruption."""
+
+    @property
+    def corruption(self) -> Any:
+        """A `Corruption`, or None."""
+        ...
+
+    @property
+    def weighting(self) -> Weighting: ...
+
+    def modules(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """A fresh model by part: see `Blueprint`."""
+        ...
+
+    def prepare(self, key: Key[Array, ""], batch: Any) -> Any:
+        """What becomes of a batch on the device before anything is learned from it."""
+        ...
+
+    def batch_shapes(self, count: int) -> Any:
+        """The shapes of a batch of so many examples."""
+        ...
+
+    def losses(self, modules: tuple[Any, ...], example: Any, level: Array | None, draws: Draws) -> Losses:
+        """What one block's modules make of an example at these levels. `draws.level` is spent."""
+        ...
+
+    def scores(self, blueprint: Blueprint, mesh: Mesh) -> tuple[Score, ...]:
+        """How a model is judged, the main score among the figures of what is due at saves."""
+        ...
+
+    def tell(self, scores: dict[str, Any]) -> str:
+        """A line of the log about scores."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What can be said of a task by its config alone."""
+
+    name: str  # of the task
+    check: Callable[[ConfigDict], None]  # refuses fields that cannot work, before anything is read
+    num_blocks: Callable[[ConfigDict], int]  # 1 for a plain network
+    find_data: Callable[..., Any]  # Data: (config, *, may_prepare)
+    card: Callable[[dict[str, Any]], Any]  # of the data, from what a run has saved of them
+    card_without_data: Callable[[ConfigDict], Any]  # as far as it is known without reading them
+    make: Callable[[ConfigDict, Any], Task]  # (config, card)
+    describe: Callable[[ConfigDict], str]  # the model in words
+    plain: Callable[[ConfigDict], ConfigDict]  # the plain network to compare with
+    main_score: MainScore
+    warn: Callable[[ConfigDict, ConfigDict], None]  # (as it was trained, as it is used): what does not go together
+    sampler_fields: tuple[str, ...] = ()  # that only answering reads: a trained model may be used with others

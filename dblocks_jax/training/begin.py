@@ -1,0 +1,52 @@
+"""The parts that a run begins with: fresh ones, or copies of another run's."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dblocks_jax.run.checkpoint import Checkpoints, differences, saved_steps, shapes_by_path
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.training.config import SINCE
+from dblocks_jax.training.optimizer import Part
+from dblocks_jax.training.setting import Setting, fresh_parts
+
+
+def begin(setting: Setting) -> dict[str, Part]:
+    """Parts of the first stage: fresh, or, where `begin_from` names a run, copies of its last checkpoint.
+
+    Raises:
+      UserError: there is no such run, or its model is not one that this run's blocks can begin as.
+    """
+    fresh = setting.fresh(setting.stages[0])
+    source = setting.config.begin_from
+    if not source or saved_steps(setting.workdir):  # what is there already goes on
+        return fresh
+    return _copies(setting, fresh, Path(source).expanduser())
+
+
+def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str, Part]:
+    """Parameters and moments come along; an average begins where the other run's stands, or at its parameters."""
+    if not saved_steps(source):
+        raise UserError(f"begin_from: {source} holds no run that was saved")
+    with Checkpoints(source, read_only=True) as checkpoints:
+        step = checkpoints.find("last")
+        about = checkpoints.run(step)
+        config = ConfigDict({**setting.config.to_dict(), **SINCE, **about["config"]})
+        if config.task != setting.config.task:
+            raise UserError(f"begin_from: {source} is of the task {config.task}, not of {setting.config.task}")
+        task = setting.entry.make(config, setting.entry.card(about["data"]))
+        parts = checkpoints.restore(step, fresh_parts(setting.entry, config, task))
+    copies = setting.grow(parts, list(fresh))
+    if setting.config.ema_decay == 0:
+        copies = {name: part._replace(average=()) for name, part in copies.items()}
+    elif config.ema_decay == 0:
+        copies = {name: part._replace(average=jax.tree.map(jnp.copy, part.params)) for name, part in copies.items()}
+    differing = differences(expected=shapes_by_path(fresh), found=shapes_by_path(copies))
+    if differing:
+        raise UserError(
+            f"begin_from: {source} has other shapes than one of this run's blocks ({len(differing)} differ; "
+            f"{differing[0]}): its depth must be num_layers / num_blocks, its sizes the same"
+        )
+    return copies

@@ -1,0 +1,165 @@
+"""All that is known of a run before its folder is touched: data, length, stages, and a fresh model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dblocks_jax.data.source import Data
+from dblocks_jax.models.blueprint import Blueprint, Params
+from dblocks_jax.run import workdir as run_folder
+from dblocks_jax.run.checkpoint import FOLDER
+from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.processes import check_alike, first_process_first
+from dblocks_jax.run.streams import stream
+from dblocks_jax.tasks.task import Entry, Score, Task
+from dblocks_jax.training.config import (
+    Length,
+    check_resumable,
+    count_steps,
+    curriculum,
+    rest_on_host,
+    trained_blocks,
+)
+from dblocks_jax.training.optimizer import Part, new_part
+from dblocks_jax.training.stages import Stage, divide, make_stages
+
+
+@dataclass(frozen=True)
+class Model:
+    """The task, structure and scores of one stage."""
+
+    stage: Stage
+    task: Task
+    blueprint: Blueprint
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run before it is opened. `card` is what is saved of the data, with the number of training examples."""
+
+    entry: Entry
+    config: ConfigDict
+    workdir: Path
+    saved: dict[str, Any] | None  # the config that lies in the folder
+    mesh: Mesh
+    data: Data
+    card: dict[str, Any]
+    length: Length
+    stages: list[Stage]
+
+    @cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """Those that are trained here, in the end."""
+        return trained_blocks(self.entry, self.config)
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether all blocks are trained here. Some alone answer nothing: they are merged before they are scored."""
+        return len(self.blocks) == self.entry.num_blocks(self.config)
+
+    @cached_property
+    def watched(self) -> str:
+        """The split that is scored while it trains; nothing is chosen by the test split."""
+        return "test" if self.data.split("val") is None else "val"
+
+    @property
+    def memory(self) -> str:
+        """Where parts are placed that are not at work."""
+        return "pinned_host" if rest_on_host(self.entry, self.config) else "device"
+
+    def stage_of(self, step: int) -> Stage:
+        """The one that made a step (from 1); the first for the start."""
+        return next(stage for stage in self.stages if step <= stage.end)
+
+    def model(self, stage: Stage) -> Model:
+        """The model of a stage, without numbers."""
+        task = self.entry.make(stage.config, self.entry.card(self.card))
+        blueprint = shapes_of(task)[0]
+        return Model(stage, task, blueprint, task.scores(blueprint, self.mesh))
+
+    def fresh(self, stage: Stage) -> dict[str, Part]:
+        """New parts of a stage, as far as they are trained here, placed where they wait."""
+        task = self.entry.make(stage.config, self.entry.card(self.card))
+        return replicate(fresh_parts(self.entry, stage.config, task), self.mesh, self.memory)
+
+    def grow(self, parts: dict[str, Part], names: list[str]) -> dict[str, Part]:
+        """The parts `names` of a larger model, each a copy, with moments and average, of what it begins as."""
+        origin = divide(parts, names)
+        on_host = jax.device_get(parts)
+        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in names}
+
+
+def new_model(task: Task, seed: int) -> tuple[Blueprint, dict[str, Params]]:
+    """(structure, parameters by part) of a fresh model, a function of (task, seed) alone."""
+    return Blueprint.of(task.modules(stream(seed, "init", 0)))
+
+
+def fresh_parts(entry: Entry, config: ConfigDict, task: Task) -> dict[str, Part]:
+    """New parts of the blocks that a config trains, in host memory: a whole model may not fit on a device."""
+    with on_cpu():
+        blueprint, params = new_model(task, config.seed)
+        mine = sorted({name for block in trained_blocks(entry, config) for name in blueprint.names(block)})
+        return jax.device_get({name: new_part(params[name], averaged=config.ema_decay > 0) for name in mine})
+
+
+def shapes_of(task: Task) -> tuple[Blueprint, dict[str, Any]]:
+    """A model of which nothing is computed: (structure, shapes of the parameters by part)."""
+    blueprints = []
+
+    def params() -> dict[str, Params]:
+        blueprint, params = new_model(task, 0)
+        blueprints.append(blueprint)
+        return params
+
+    shapes = jax.eval_shape(params)
+    return blueprints[0], shapes
+
+
+def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
+    """Check a run against its folder and its data.
+
+    Raises:
+      UserError: they do not fit, or the data cannot be had.
+    """
+    mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
+    check_batch_size("batch_size", config.batch_size, mesh)
+    check_alike("config", config.to_dict())
+    saved = run_folder.read_saved(workdir, run_folder.CONFIG)
+    if saved is not None:
+        check_resumable(saved, config, str(workdir))
+    elif (workdir / FOLDER).exists():
+        raise UserError(f"{workdir} holds checkpoints but no {run_folder.CONFIG}: restore it, or use another --workdir")
+    with first_process_first("data"):
+        data = entry.find_data(config)
+    count = len(data.split("train"))
+    length = count_steps(entry, config, count)
+    saved_card = run_folder.read_saved(workdir, run_folder.DATA)
+    if saved_card is not None:
+        data.check_same(saved_card, str(workdir))
+        if saved_card["images"] != count:
+            raise UserError(f"{workdir} was trained on {saved_card['images']} images, but now there are {count}")
+    for split in ("val", "test"):
+        data.split(split)  # what is missing there is said before anything is written
+    stages = make_stages(entry, config, partial(curriculum, entry), length.steps)
+    card = data.to_dict() | {"images": count}
+    return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
+
+
+def memoized(build: Callable[[Stage], Model]) -> Callable[[Stage], Model]:
+    """`build`, once for each stage."""
+    built: dict[int, Model] = {}
+
+    def get(stage: Stage) -> Model:
+        if stage.start not in built:
+            built[stage.start] = build(stage)
+        return built[stage.start]
+
+    return get
