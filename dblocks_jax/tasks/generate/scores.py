@@ -2,7 +2,8 @@
 
 None of these is FID, whose features come from one network of 2015. Here the features are the caller's: a classifier's,
 or those of `pixel_features`. Such a distance says little alone, so give it beside its floor, real test images against
-real training images, and its ceiling, `noised` test images against training images.
+real training images, and its ceiling, `noised` test images against training images. A Frechet distance is larger the
+fewer images it is made of: compare equal numbers.
 
     images ──▶ features ──▶ Moments.add ──▶ frechet_distance    mean and covariance; running sums, any number of images
                         └─▶ kernel_distance                     unbiased for few images, with a spread
