@@ -8,6 +8,7 @@ dataset-fashion-mnist has them). Images become smaller by the mean over boxes. `
 images, the first of each class, as many of each; test images are all taken.
 """
 
+import argparse
 import gzip
 import io
 import re
@@ -19,15 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from absl import app, flags
 from PIL import Image
-
-ARCHIVE = flags.DEFINE_string("archive", None, "A tar of JPEG files, or a folder with ubyte.gz files.", required=True)
-OUT = flags.DEFINE_string("out", None, "The folder to make.", required=True)
-SIZE = flags.DEFINE_integer("size", 32, "Pixels along a side.", lower_bound=1, upper_bound=256)
-GREY = flags.DEFINE_boolean("grey", False, "Whether colour becomes grey.")
-CLASSES = flags.DEFINE_integer("classes", 10, "How many classes are taken, the first by name.", lower_bound=1)
-LIMIT = flags.DEFINE_integer("limit", None, "Training images at most, shared out among the classes.", lower_bound=1)
 
 NAME = re.compile(r"(train|test)/([A-Za-z0-9_]+)/([A-Za-z0-9_]+)\.jpe?g")
 FILE_BYTES = 2**20  # more than any image of 32 pixels has
@@ -96,7 +89,9 @@ def make_folder(archive: Path, out: Path, *, size: int, grey: bool, classes: int
     names = sorted(FASHION if archive.is_dir() else tar_classes(archive))[:classes]
     if not names:
         raise ValueError(f"{archive} has no training images: none is train/<class>/<name>.jpg")
-    most = None if limit is None else max(1, limit // len(names))
+    if limit is not None and limit < len(names):
+        raise ValueError(f"{limit} training images cannot be shared out among {len(names)} classes")
+    most = limit // len(names) if limit else None
     written: Counter[tuple[str, str]] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -122,18 +117,32 @@ def tar_classes(path: Path) -> set[str]:
         return {place[2] for place in places if place and place[1] == "train"}
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}")
-    out = Path(OUT.value)
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--archive", type=Path, required=True, help="a tar of JPEG files, or a folder with ubyte.gz files"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--size", type=positive, default=32, help="pixels along a side")
+    parser.add_argument("--grey", action="store_true", help="colour becomes grey")
+    parser.add_argument("--classes", type=positive, default=10, help="how many classes are taken, the first by name")
+    parser.add_argument("--limit", type=positive, help="training images at most, shared out among the classes")
+    asked = parser.parse_args()
     try:
         totals = make_folder(
-            Path(ARCHIVE.value), out, size=SIZE.value, grey=GREY.value, classes=CLASSES.value, limit=LIMIT.value
+            asked.archive, asked.out, size=asked.size, grey=asked.grey, classes=asked.classes, limit=asked.limit
         )
     except (ValueError, OSError, EOFError, tarfile.TarError) as error:
-        sys.exit(f"cannot make {out}: {' '.join(str(error).split())}")
-    print(f"{out}: {totals['train']} training and {totals['test']} test images")
+        sys.exit(f"cannot make {asked.out}: {' '.join(str(error).split())}")
+    print(f"{asked.out}: {totals['train']} training and {totals['test']} test images")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

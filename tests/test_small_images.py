@@ -58,6 +58,8 @@ def test_a_tar_becomes_a_folder_that_the_project_reads(tmp_path):
     assert make(archive, tmp_path / "one", classes=1, grey=False) == {"train": 4, "test": 2}
     with pytest.raises(ValueError, match=r"one has something in it: name a new folder"):
         make(archive, tmp_path / "one")
+    with pytest.raises(ValueError, match="1 training images cannot be shared out among 2 classes"):
+        make(archive, tmp_path / "other", limit=1)
 
 
 def test_smaller_images_are_means_over_boxes():
