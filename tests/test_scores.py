@@ -146,6 +146,13 @@ def test_kernel_distance_is_a_function_of_the_seed_and_has_a_spread():
     assert 0 < first.spread < whole
 
 
+def test_no_row_is_twice_in_a_subset():
+    """Beside itself a wide row counts (1 + 1)^3, beside another 1: drawn twice, they would show."""
+    x, y = normal(0, 60, 100), normal(1, 60, 100)
+    found = kernel_distance(x, y, num_subsets=50, subset_size=30)
+    assert abs(found.mean - unbiased_mmd(x, y)) < 0.05  # (1 + 1)^3 - 1 at two pairs of 60 would be 0.23
+
+
 def test_kernel_distance_of_all_rows_has_a_spread_too():
     assert kernel_distance(normal(0, 40, 4), normal(1, 40, 4), num_subsets=9).spread > 0
     with pytest.raises(UserError, match="4 images at least on each side, not 40 and 3"):
@@ -214,6 +221,13 @@ def test_nearest_images_are_those_of_scikit_learn(chunk, monkeypatch):
     np.testing.assert_allclose(found.ratio, np.median(distances / theirs(samples, test)[0]))
     order = np.argsort(distances)[:4]
     np.testing.assert_array_equal(found.closest(4), np.stack([order, indices[order]], axis=1))
+
+
+def test_of_equally_near_images_the_first_is_named(monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK_IMAGES", 4)
+    some = pictures(0, 6)
+    found = nearest(some, np.concatenate([some, some]), some)
+    assert found.train_index.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_copies_are_found():
