@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Int, Int32, Num, UInt8
 from PIL import Image
 
 from dblocks_jax.run.errors import UserError, brief
@@ -97,7 +97,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+    def images(self, indices: Int[np.ndarray, " b"]) -> Num[np.ndarray, "b h w c"]:
         return self.source.images(self.indices[indices])
 
     def take(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
