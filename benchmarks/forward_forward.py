@@ -23,18 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 from ml_collections import config_flags
 
 from dblocks_jax.data.augment import normalize
 from dblocks_jax.data.feed import make_feed
 from dblocks_jax.models.primitives import normalize_features
 from dblocks_jax.models.vit import Architecture, ViT
-from dblocks_jax.modes.evaluate import answers
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.training.build import Blueprint, make_step, new_model
-from dblocks_jax.training.config import architecture, arithmetic, check_config, count_steps, find_dataset, schedule
+from dblocks_jax.tasks.classify.config import architecture
+from dblocks_jax.tasks.classify.scores import answers
+from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
+from dblocks_jax.tasks.images import find_dataset
+from dblocks_jax.tasks.task import Losses
+from dblocks_jax.training.config import arithmetic, check_config, count_steps, schedule
+from dblocks_jax.training.loop import make_step
 from dblocks_jax.training.optimizer import new_part
+from dblocks_jax.training.setting import new_model
 from dblocks_jax.training.step import Steps
 
 CONFIG = config_flags.DEFINE_config_file("config", default="configs/vit_digits.py")
@@ -63,11 +68,26 @@ def goodness(
     return jnp.stack(found)
 
 
+class ForwardForward(Classify):
+    """The plain model's task with another loss."""
+
+    def losses(self, modules, example, level, draws):
+        """Every layer's, on the true label and on a false one."""
+        del level
+        (model,), images, labels = modules, example["image"], example["label"]
+        arch = architecture(self.config, self.card)
+        tokens, theta = label_tokens(arch), SLOPE * THETA
+        others = jax.random.randint(draws.network, labels.shape, 1, arch.num_labels)
+        right = goodness(model, tokens, images, labels)
+        wrong = goodness(model, tokens, images, (labels + others) % arch.num_labels)
+        return Losses(jnp.sum(jax.nn.softplus(theta - right) + jax.nn.softplus(wrong - theta), axis=0), None, {})
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     config = CONFIG.value
-    check_config(config)
+    check_config(CLASSIFY, config)
     if config.model_type != "vit":
         raise app.UsageError("it takes the config of a plain model, such as configs/vit_digits.py")
     dataset, mesh = find_dataset(config), make_mesh()
@@ -76,17 +96,9 @@ def main(argv: list[str]) -> None:
     if scored is None:
         raise app.UsageError("no val split: set --config.val_fraction")
     tokens = label_tokens(arch)
-    blueprint, params = Blueprint.of(new_model(config, arch))
+    task = ForwardForward(config, dataset)
+    blueprint, params = new_model(task, config.seed)
     graphdef = blueprint.parts["model"]
-
-    def loss(parts, images: Array, labels: Array, key: Key[Array, ""], *_):
-        model = nnx.merge(graphdef, parts[0])
-        others = jax.random.randint(key, labels.shape, 1, arch.num_labels)
-        right = goodness(model, tokens, images, labels)
-        wrong = goodness(model, tokens, images, (labels + others) % arch.num_labels)
-        theta = SLOPE * THETA
-        of_layers = jnp.mean(jax.nn.softplus(theta - right) + jax.nn.softplus(wrong - theta), axis=1)
-        return jnp.sum(of_layers), {}
 
     @jax.jit
     def classify(params, images, _) -> Float[Array, "rules b classes"]:
@@ -100,12 +112,11 @@ def main(argv: list[str]) -> None:
 
     began = time.perf_counter()
     with arithmetic(config):
-        step = make_step(config, loss, dataset)
-        total = count_steps(config, len(source)).steps
+        step = make_step(config, task, blueprint)
+        total = count_steps(CLASSIFY, config, len(source)).steps
         lr_at = schedule(config, total)
         feed = make_feed(
-            source, image_shape=dataset.image_shape, batch_size=config.batch_size, seed=config.seed,
-            most=config.steps_per_call, mesh=mesh,
+            source, batch_size=config.batch_size, seed=config.seed, most=config.steps_per_call, mesh=mesh,
         )  # fmt: skip
         parts, last_loss = (new_part(params["model"]),), None
         for position in range(0, total, feed.most):

@@ -8,12 +8,15 @@ from ml_collections import ConfigDict
 
 from configs import dblock_cifar100, vit_cifar100
 from dblocks_jax.data.datasets import Card
+from dblocks_jax.data.feed import Resident
 from dblocks_jax.run.devices import make_mesh, replicate, shard
-from dblocks_jax.training.build import Blueprint, make_objective, make_step, new_model
-from dblocks_jax.training.config import architecture, arithmetic, check_config
+from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
+from dblocks_jax.training.config import arithmetic, check_config
+from dblocks_jax.training.loop import make_step
 from dblocks_jax.training.optimizer import new_part
 from dblocks_jax.training.residence import OneAtATime
-from dblocks_jax.training.step import Resident, Steps
+from dblocks_jax.training.setting import new_model
+from dblocks_jax.training.step import Steps
 
 CIFAR100 = Card(
     class_names=tuple(str(label) for label in range(100)),
@@ -28,7 +31,7 @@ def get_config(model_type: str, overrides: dict[str, Any]) -> ConfigDict:
     config = {"dblock": dblock_cifar100, "vit": vit_cifar100}[model_type].get_config()
     config.lock()
     config.update(overrides)
-    check_config(config)
+    check_config(CLASSIFY, config)
     return config
 
 
@@ -38,17 +41,18 @@ class OurSteps:
     def __init__(self, config: ConfigDict):
         self._config = config
         mesh = make_mesh()
-        blueprint, params = Blueprint.of(new_model(config, architecture(config, CIFAR100)))
+        task = Classify(config, CIFAR100)
+        blueprint, params = new_model(task, config.seed)
         parts = replicate(jax.device_get({name: new_part(value) for name, value in params.items()}), mesh)
-        loss_fn, self._ranges = make_objective(config, blueprint)
-        train_step = make_step(config, loss_fn, CIFAR100)
+        self._shares = [None] if task.corruption is None else task.corruption.shares
+        train_step = make_step(config, task, blueprint)
         self._model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=False)
         rng = np.random.default_rng(0)
         count = 16 * config.batch_size
         images = rng.integers(0, 256, (count, *CIFAR100.image_shape), np.uint8)
         labels = rng.integers(0, len(CIFAR100.class_names), count, np.int32)
         indices = rng.integers(0, count, (config.steps_per_call, config.batch_size), np.int32)
-        self._data = Resident(*replicate((images, labels), mesh), shard(indices, mesh, axis=1))
+        self._data = Resident(replicate({"image": images, "label": labels}, mesh), shard(indices, mesh, axis=1))
         self._position = 0
 
     def __call__(self) -> None:
@@ -63,7 +67,7 @@ class OurSteps:
             block=np.int32(block),
             position=np.int32(self._position),
             lr=np.full(self._config.steps_per_call, self._config.lr, np.float32),
-            within=self._ranges[block],
+            share=self._shares[block],
         )
         self._position += count
         with arithmetic(self._config):

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import dblock_digits
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import Diverged, UserError
 from dblocks_jax.training.config import CHOICES
-from dblocks_jax.training.loop import train
 from dblocks_jax.training.optimizer import SCHEDULES
 
 SMALL = {

@@ -15,11 +15,11 @@ from runs import command, finish, logged, result_of, saved_steps, wait_until
 from saved import state_of
 
 from configs import dblock_digits
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import Journal
 from dblocks_jax.training import loop as trainer
-from dblocks_jax.training.loop import train
 from dblocks_jax.training.optimizer import Part, new_part
 
 # When one file cannot be read, TensorStore's other reads find Orbax's event loop closed; launch.py hides that.

@@ -8,7 +8,7 @@ from runs import command, logged, started, wait_until
 from saved import state_of
 
 from configs import dblock_digits
-from dblocks_jax.training.loop import train
+from dblocks_jax.modes.train import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,

@@ -15,7 +15,7 @@ import pytest
 from runs import saved_steps, wait_until
 
 from configs import dblock_digits
-from dblocks_jax.training.loop import train
+from dblocks_jax.modes.train import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import common
+from configs import classify
 from docs import make_configuration
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def test_the_configuration_page_is_up_to_date():
 def test_every_field_is_explained_once():
     sections = make_configuration.read_sections((ROOT / "configs" / "common.py").read_text())
     fields = [field for fields in sections.values() for field in fields]
-    assert sorted(name for name, _ in fields) == sorted(common.get_config())
+    assert sorted(name for name, _ in fields) == sorted(classify.get_config())
     assert all(meaning for _, meaning in fields)
 
 
@@ -38,7 +38,7 @@ def test_the_files_and_names_that_are_mentioned_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_fields_that_commands_set_exist(document):
-    known = set(common.get_config())
+    known = set(classify.get_config())
     text = document.read_text()
     named = set(re.findall(r"--config\.(\w+)", text)) - {"FIELD"}
     assert named <= known

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax.modes.export import accuracy, export_run
-from dblocks_jax.modes.load import load_classifier
+from dblocks_jax.modes.load import load_classifier, load_trained
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import finish, write_json
-from dblocks_jax.training.loop import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
@@ -107,7 +107,7 @@ def test_the_accuracy_is_that_of_the_sampler_which_is_exported(exported, tmp_pat
     workdir, result, _ = exported
     for name in ("config.json", "train.json"):
         shutil.copy(workdir / name, tmp_path)
-    trained = load_classifier(workdir)
+    trained = load_trained(workdir)
     longer = replace(trained, config=ConfigDict({**trained.config.to_dict(), "num_inference_steps": 5}))
     assert accuracy(tmp_path, trained) == result["top1"]
     assert accuracy(tmp_path, replace(trained, step=trained.step - 1)) is None

@@ -17,7 +17,7 @@ from dblocks_jax.diffusion.sampler import initial_z, sample
 from dblocks_jax.models.dblock_vit import DBlockViT
 from dblocks_jax.models.reference import from_reference, to_reference
 from dblocks_jax.tasks.classify.denoiser import denoise, denoise_step
-from dblocks_jax.tasks.classify.objective import denoising_loss
+from dblocks_jax.tasks.classify.objective import denoising_losses
 from dblocks_jax.training.optimizer import adamw, learning_rate, new_part
 
 SIGMA_DATA = 0.5
@@ -59,10 +59,11 @@ def block_loss(shared_def, block_def):
     """The released code's loss of one block with its gradients, jitted once for all blocks."""
 
     def loss(params, images, labels, sigma, eps):
-        return denoising_loss(
+        losses = denoising_losses(
             nnx.merge(shared_def, params[0]), nnx.merge(block_def, params[1]), images, labels, sigma, eps,
-            sigma_data=SIGMA_DATA, weighting="batch_mean",
+            sigma_data=SIGMA_DATA,
         )  # fmt: skip
+        return weighted_loss(losses.each, losses.weight, "batch_mean"), {"ce": jnp.mean(losses.each)}
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 

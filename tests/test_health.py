@@ -6,41 +6,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from runs import command, finish, logged, saved_steps
 
 from configs import dblock_digits
+from dblocks_jax.data.feed import Resident, Streamed
+from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.devices import BLOCK, make_mesh
 from dblocks_jax.run.errors import Diverged
-from dblocks_jax.tasks.classify.objective import WORST_SIGMA
+from dblocks_jax.tasks.task import Losses
 from dblocks_jax.training.health import Health
-from dblocks_jax.training.loop import train
 from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.step import SKIPPED, Augmentation, Parallel, Resident, Steps, Streamed, make_train_step
+from dblocks_jax.training.step import SKIPPED, WORST_LEVEL, Parallel, Steps, make_train_step
 
-PLAIN = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
 GOOD, BAD_LOSS, BAD_GRADIENT, HUGE_GRADIENT = 0, 255, 254, 253  # the first pixel of a batch decides
 
 
-def loss_fn(params, images, labels, key, within):
-    """A loss that is not finite, or whose gradient is not, where the first pixel of an image says so."""
-    del key, within
-    first = jnp.rint(images[:, 0, 0, 0] * 255)
-    w = params[0]["w"]
-    each = jnp.sum((w[None] - labels[:, None]) ** 2, axis=1)
-    each = jnp.where(first == BAD_LOSS, jnp.nan, each)
-    # A root at 0 has no derivative; a large factor overflows in the square of the norm.
-    zero = jnp.sum(w - jax.lax.stop_gradient(w))
-    is_bad = jnp.any(first == BAD_GRADIENT).astype(jnp.float32)
-    loss = jnp.mean(each) + jnp.sqrt(is_bad * zero + 1 - is_bad)
-    loss += jnp.where(jnp.any(first == HUGE_GRADIENT), 1e30, 0.0) * zero
-    return loss, {WORST_SIGMA: jnp.mean(labels.astype(jnp.float32))}
+class Vector(nnx.Module):
+    """A model of three numbers."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.array([1.0, -2.0, 3.0]))
+
+
+class Fragile:
+    """A task whose loss is not finite, or whose gradient is not, where the first pixel of an image says so."""
+
+    weighting = "none"
+    corruption = None
+
+    def modules(self, key):
+        return {"model": Vector()}
+
+    def batch_shapes(self, count):
+        return None
+
+    def scores(self, blueprint, mesh):
+        return ()
+
+    def tell(self, scores):
+        return ""
+
+    def prepare(self, key, batch):
+        return batch
+
+    def losses(self, modules, example, level, draws):
+        del level, draws
+        w, first, labels = modules[0].w[...], example["image"][:, 0, 0, 0], example["label"]
+        each = jnp.sum((w[None] - labels[:, None]) ** 2, axis=1)
+        each = jnp.where(first == BAD_LOSS, jnp.nan, each)
+        # A root at 0 has no derivative; a large factor overflows in the square of the norm.
+        zero = jnp.sum(w - jax.lax.stop_gradient(w))
+        is_bad = jnp.any(first == BAD_GRADIENT).astype(jnp.float32)
+        each = each + jnp.sqrt(is_bad * zero + 1 - is_bad)
+        each = each + jnp.where(jnp.any(first == HUGE_GRADIENT), 1e30, 0.0) * zero
+        return Losses(each, None, {WORST_LEVEL: labels.astype(jnp.float32)})
+
+
+BLUEPRINT = Blueprint.of({"model": Vector()})[0]
 
 
 def make(accumulate: int = 1):
-    return make_train_step(
-        loss_fn, augmentation=PLAIN, mean=(0.0,), std=(1.0,), seed=0, weight_decay=0.1, clip_norm=1.0,
-        accumulate=accumulate,
-    )  # fmt: skip
+    return make_train_step(Fragile(), BLUEPRINT, seed=0, weight_decay=0.1, clip_norm=1.0, accumulate=accumulate)
 
 
 def fresh():
@@ -51,9 +79,13 @@ def images_of(*kinds: int) -> np.ndarray:
     return np.array(kinds, np.uint8)[:, None, None, None]
 
 
+def batch_of(labels: np.ndarray, *kinds: int) -> Streamed:
+    return Streamed({"image": images_of(*kinds), "label": labels})
+
+
 def steps_of(count: int, position: int = 0, room: int = 1) -> Steps:
     lr = np.full(room, 0.1, np.float32)
-    return Steps(count=np.int32(count), block=np.int32(0), position=np.int32(position), lr=lr, within=None)
+    return Steps(count=np.int32(count), block=np.int32(0), position=np.int32(position), lr=lr, share=None)
 
 
 def assert_same(one, other) -> None:
@@ -64,37 +96,39 @@ def assert_same(one, other) -> None:
 def test_a_bad_step_changes_nothing(kind):
     """Neither parameters nor moments nor the step count; the step after it is as if it had not been."""
     step, labels = make(), np.array([0, 1], np.int32)
-    before, _ = step(fresh(), Streamed(images_of(GOOD, GOOD), labels), steps_of(1))
+    before, _ = step(fresh(), batch_of(labels, GOOD, GOOD), steps_of(1))
     expected = jax.device_get(before)
-    after, metrics = step(before, Streamed(images_of(GOOD, kind), labels), steps_of(1, position=1))
+    after, metrics = step(before, batch_of(labels, GOOD, kind), steps_of(1, position=1))
     assert_same(jax.device_get(after), expected)
     assert metrics[SKIPPED] == 1.0 and int(after[0].adam.count) == 1
-    again, metrics = step(after, Streamed(images_of(GOOD, GOOD), labels), steps_of(1, position=2))
-    without, _ = step(expected, Streamed(images_of(GOOD, GOOD), labels), steps_of(1, position=2))
+    again, metrics = step(after, batch_of(labels, GOOD, GOOD), steps_of(1, position=2))
+    without, _ = step(expected, batch_of(labels, GOOD, GOOD), steps_of(1, position=2))
     assert_same(jax.device_get(again), jax.device_get(without))
     assert metrics[SKIPPED] == 0.0
 
 
 def test_many_steps_in_one_call_skip_the_bad_ones():
     images, labels = images_of(GOOD, BAD_LOSS, GOOD), np.array([0, 1, 2], np.int32)
-    data = Resident(images, labels, np.array([[0], [1], [2]], np.int32))
+    data = Resident({"image": images, "label": labels}, np.array([[0], [1], [2]], np.int32))
     parts, metrics = make()(fresh(), data, steps_of(3, room=3))
     assert list(metrics[SKIPPED]) == [0.0, 1.0, 0.0]
     one_by_one = fresh()
     for i in (0, 2):
-        one_by_one, _ = make()(one_by_one, Streamed(images[[i]], labels[[i]]), steps_of(1, position=i))
+        one_by_one, _ = make()(
+            one_by_one, Streamed({"image": images[[i]], "label": labels[[i]]}), steps_of(1, position=i)
+        )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), parts, one_by_one)
 
 
 def test_one_bad_micro_batch_spoils_the_update_and_is_the_one_that_is_named():
     labels = np.array([5, 6, 7, 8], np.int32)  # the noise level in this test; micro-batch i takes i and i + 2
-    data = Streamed(images_of(GOOD, BAD_LOSS, GOOD, GOOD), labels)
+    data = batch_of(labels, GOOD, BAD_LOSS, GOOD, GOOD)
     parts, metrics = make(accumulate=2)(fresh(), data, steps_of(1))
     assert_same(jax.device_get(parts), jax.device_get(fresh()))
-    assert metrics[SKIPPED] == 1.0 and metrics[WORST_SIGMA] == np.mean([6, 8])
-    data = Streamed(images_of(GOOD, GOOD, GOOD, GOOD), labels)
+    assert metrics[SKIPPED] == 1.0 and metrics[WORST_LEVEL] == np.mean([6, 8])
+    data = batch_of(labels, GOOD, GOOD, GOOD, GOOD)
     _, metrics = make(accumulate=2)(fresh(), data, steps_of(1))
-    assert metrics[SKIPPED] == 0.0 and metrics[WORST_SIGMA] == np.mean([6, 8])  # labels are far from w: the larger loss
+    assert metrics[SKIPPED] == 0.0 and metrics[WORST_LEVEL] == np.mean([6, 8])  # labels are far from w: the larger loss
 
 
 def test_common_parts_wait_for_all_blocks_that_train_side_by_side():
@@ -114,14 +148,14 @@ def test_common_parts_wait_for_all_blocks_that_train_side_by_side():
 
 
 def metrics_of(*skipped: int) -> dict[str, np.ndarray]:
-    return {SKIPPED: np.array(skipped, np.float32), WORST_SIGMA: np.arange(len(skipped), dtype=np.float32)}
+    return {SKIPPED: np.array(skipped, np.float32), WORST_LEVEL: np.arange(len(skipped), dtype=np.float32)}
 
 
 def test_bad_steps_are_counted_in_a_row_by_block_and_over_restarts():
     health = Health(3, {})
     assert health.take(1, 0, metrics_of(1, 1, 0, 1)) == [
-        {"step": 1, "block": 0, "sigma": 0.0}, {"step": 2, "block": 0, "sigma": 1.0},
-        {"step": 4, "block": 0, "sigma": 3.0},
+        {"step": 1, "block": 0, "level": 0.0}, {"step": 2, "block": 0, "level": 1.0},
+        {"step": 4, "block": 0, "level": 3.0},
     ]  # fmt: skip
     health.take(5, 1, metrics_of(1, 1))
     health.check()
@@ -130,7 +164,7 @@ def test_bad_steps_are_counted_in_a_row_by_block_and_over_restarts():
     restarted.take(7, 0, metrics_of(1))
     restarted.check()
     restarted.take(8, 1, metrics_of(1))
-    with pytest.raises(Diverged, match=r"step 8, block 1: .* sigma = 0\), the last of 3 such steps in a row"):
+    with pytest.raises(Diverged, match=r"step 8, block 1: .* worst sample: 0\), the last of 3 such steps in a row"):
         restarted.check()
 
 
@@ -152,7 +186,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_pat
     skipped = [entry for line in logged(tmp_path) for entry in line.get("skipped", [])]
     for block in (0, 1):
         named = [entry for entry in skipped if entry["block"] == block]
-        assert all(0.002 <= entry["sigma"] <= 80 for entry in named)
+        assert all(0.002 <= entry["level"] <= 80 for entry in named)
     assert saved_steps(tmp_path)  # steps that changed nothing are no reason to lose them
 
 

@@ -15,10 +15,11 @@ from dblocks_jax.models.reference import to_reference
 from dblocks_jax.modes import importing
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.importing import Released, import_released, read_checkpoint
-from dblocks_jax.modes.load import load_classifier, load_run
+from dblocks_jax.modes.load import Classifier, load_classifier, load_run
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.training import build
-from dblocks_jax.training.loop import train
+from dblocks_jax.tasks.classify import classifier
+from dblocks_jax.tasks.classify.parts import from_modules
 
 FIELDS = ("image_size", "patch_size", "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks")
 
@@ -55,7 +56,7 @@ def test_an_imported_run_has_the_released_weights_and_is_scored(released, config
     weights = released[0].weights
     assert result["checkpoint"] == 12 and result["parameters"] == sum(value.size for value in weights.values())
     trained = load_classifier(tmp_path / "run")
-    found = to_reference(trained.blueprint.model(trained.params))
+    found = to_reference(from_modules(trained.trained.blueprint.modules(trained.params)))
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -108,7 +109,7 @@ def test_an_imported_model_gives_the_released_logits(path, config, tmp_path, mon
     config.update(model_type="dblock" if path.name.startswith("dblock") else "vit", matmul_precision="highest")
     start_import(config, tmp_path / "run")
     images = arrays["pixel_values_nchw"].transpose(0, 2, 3, 1)
-    monkeypatch.setattr(build, "normalize", lambda *_: jnp.asarray(images))
+    monkeypatch.setattr(classifier, "normalize", lambda *_: jnp.asarray(images))
     runs = sorted({name.split("/")[0] for name in arrays if name.startswith("sampler_")}) or [""]
     for run in runs:
         expected, overrides = (golden.under(arrays, f"{run}/"), {}) if run else (arrays, {})
@@ -116,9 +117,9 @@ def test_an_imported_model_gives_the_released_logits(path, config, tmp_path, mon
             steps, scale = run.removeprefix("sampler_steps").split("_cfg")
             overrides = {"num_inference_steps": int(steps), "cfg_scale": float(scale)}
             start = partial(initial_z, jnp.asarray(expected["unit_noise"]))
-            monkeypatch.setattr(build, "initial_z", lambda _, *scales, start=start: start(*scales))
+            monkeypatch.setattr(classifier, "initial_z", lambda _, *scales, start=start: start(*scales))
         trained, _ = load_run(tmp_path / "run", checkpoint="last", overrides=overrides)
-        golden.assert_close(trained(np.zeros(images.shape, np.uint8)), expected["logits"], 1e-5, run)
+        golden.assert_close(Classifier(trained)(np.zeros(images.shape, np.uint8)), expected["logits"], 1e-5, run)
 
 
 def test_a_class_too_many_is_refused(released, config, tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ from runs import command, finish, logged, result_of, saved_steps, started, wait_
 from saved import state_of
 
 from configs import dblock_digits
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import Stopped, UserError
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.run.workdir import claim
 from dblocks_jax.training import loop as trainer
-from dblocks_jax.training.loop import train
 
 FEW = {"num_epochs": 20}  # 80 steps, saved and scored at every 10th
 TINY = {

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
+from configs import classify
 from dblocks_jax.modes import memory
 from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table
 from dblocks_jax.run.devices import naming_lack_of_memory
@@ -13,7 +13,7 @@ from dblocks_jax.run.errors import UserError
 
 def sized(**changes):
     """A model whose activations outweigh everything else: 4 layers, 17 tokens, MLP 512 wide, 64 images."""
-    config = common.get_config()
+    config = classify.get_config()
     config.update(
         dataset="digits", image_size=8, patch_size=2, num_layers=4, num_blocks=4, hidden_size=12, num_heads=2,
         intermediate_size=512, batch_size=64, idle_blocks="host", pool="mean",
@@ -55,7 +55,7 @@ def test_what_fits_and_the_smallest_number_of_blocks_that_does(monkeypatch, caps
     """A step made up for the purpose: a GiB of activations for each layer, half as much with remat."""
     asked = []
 
-    def step_memory(config, dataset):
+    def step_memory(entry, config, card):
         asked.append(config.num_blocks)
         layers = config.num_layers // (config.num_blocks if config.model_type == "dblock" else 1)
         total = layers * 2**30 // (2 if config.gradient_checkpointing else 1)
@@ -89,7 +89,7 @@ def test_the_formula_is_the_papers():
     ],
 )
 def test_mistakes_are_named(changes, message):
-    config = common.get_config()
+    config = classify.get_config()
     config.update(changes)
     with pytest.raises(UserError, match=message):
         memory_table(config)

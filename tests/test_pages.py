@@ -14,11 +14,11 @@ from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier
 from dblocks_jax.modes.report import choose, confusion_matrix, report, worst_classes
+from dblocks_jax.modes.train import train
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.training.config import find_dataset
-from dblocks_jax.training.loop import train
+from dblocks_jax.tasks.images import find_dataset
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,

@@ -14,18 +14,20 @@ import pytest
 from saved import state_of
 
 from configs import dblock_digits
-from dblocks_jax.diffusion.noise import stack_ranges
+from dblocks_jax.data.datasets import Card
+from dblocks_jax.data.feed import Streamed
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.training.build import Blueprint, make_objective, new_model
+from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.training.config import trained_blocks
-from dblocks_jax.training.loop import train
 from dblocks_jax.training.optimizer import adamw, new_part
-from dblocks_jax.training.step import Augmentation, Parallel, Steps, Streamed, make_train_step
+from dblocks_jax.training.setting import new_model
+from dblocks_jax.training.step import Parallel, Steps, make_train_step, stack_shares
 
 DEVICES, BLOCKS = 6, 3
 several = pytest.mark.skipif(jax.device_count() != DEVICES, reason="runs in the process that simulates six devices")
@@ -35,6 +37,7 @@ TINY = {
     "scheduler_type": "cosine", "sharing": "isolated",
 }  # fmt: skip
 ARCH = Architecture(8, 1, 4, 4, BLOCKS, 12, 2, 16, 0.1, "mean")
+CARD = Card(("a", "b", "c", "d"), (8, 8, 1), (0.5,), (0.25,))
 
 
 def tiny(**changes):
@@ -167,14 +170,14 @@ def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
 
 def build(sharing: str, parallel: bool, mesh):
     """(step, parts on the host, noise ranges, blueprint) of the tiny architecture."""
-    config = tiny(sharing=sharing)
-    blueprint, params = Blueprint.of(new_model(config, ARCH))
-    loss, ranges = make_objective(config, blueprint)
+    task = Classify(tiny(sharing=sharing, dropout=0.1), CARD)
+    blueprint, params = new_model(task, 42)
     step = make_train_step(
-        loss, augmentation=Augmentation(1, False, False, False), mean=(0.5,), std=(0.25,), seed=0, weight_decay=0.01,
-        clip_norm=1.0, accumulate=1, parallel=Parallel(mesh, sharing == "isolated") if parallel else None,
+        task, blueprint, seed=0, weight_decay=0.01, clip_norm=1.0, accumulate=1,
+        parallel=Parallel(mesh, sharing == "isolated") if parallel else None,
     )  # fmt: skip
-    return step, jax.device_get({name: new_part(part) for name, part in params.items()}), ranges, blueprint
+    parts = jax.device_get({name: new_part(part) for name, part in params.items()})
+    return step, parts, task.corruption.shares, blueprint
 
 
 def stacked(parts, blueprint, sharing: str, mesh):
@@ -187,11 +190,12 @@ def stacked(parts, blueprint, sharing: str, mesh):
 
 def batch_on(mesh) -> Streamed:
     rng = np.random.default_rng(0)
-    return shard(Streamed(rng.integers(0, 256, (8, 8, 8, 1), np.uint8), rng.integers(0, 4, 8, np.int32)), mesh)
+    batch = {"image": rng.integers(0, 256, (8, 8, 8, 1), np.uint8), "label": rng.integers(0, 4, 8, np.int32)}
+    return shard(Streamed(batch), mesh)
 
 
-def steps_of(block, within, position: int = 0) -> Steps:
-    return Steps(np.int32(1), block, np.int32(position), np.full(1, 1e-2, np.float32), within)
+def steps_of(block, share, position: int = 0) -> Steps:
+    return Steps(np.int32(1), block, np.int32(position), np.full(1, 1e-2, np.float32), share)
 
 
 ALL = np.arange(BLOCKS, dtype=np.int32)
@@ -204,10 +208,10 @@ def test_isolated_blocks_side_by_side_are_those_in_turn_on_several():
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
     together, parts, ranges, blueprint = build("isolated", True, mesh)
     active = stacked(parts, blueprint, "isolated", mesh)
-    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges))).compile().as_text()
+    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile().as_text()
     assert compiled is not None and collectives(compiled) == set()
     for position in range(2):
-        active, log = together(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges), position))
+        active, log = together(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges), position))
     assert log["loss"].shape == (BLOCKS, 1)
 
     one_by_one, *_ = build("isolated", False, alone)
@@ -228,9 +232,9 @@ def test_blocks_that_share_say_only_that_on_several():
     assert dict(mesh.shape) == {"data": 2, "block": 3}
     together, parts, ranges, blueprint = build("shared", True, mesh)
     active = stacked(parts, blueprint, "shared", mesh)
-    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges))).compile().as_text()
+    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile().as_text()
     assert compiled is not None and "all-reduce" in collectives(compiled)
-    (shared, blocks), log = together(active, batch_on(mesh), steps_of(ALL, stack_ranges(ranges)))
+    (shared, blocks), log = together(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges)))
 
     # By hand: an AdamW moment after its first update is a tenth of the gradient that went into it.
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
@@ -279,4 +283,4 @@ def collectives(program: str) -> set[str]:
 
 
 def test_what_a_run_trains():
-    assert trained_blocks(tiny()) == (0, 1, 2) and trained_blocks(tiny(train_blocks=(1,))) == (1,)
+    assert trained_blocks(CLASSIFY, tiny()) == (0, 1, 2) and trained_blocks(CLASSIFY, tiny(train_blocks=(1,))) == (1,)

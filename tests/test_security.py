@@ -9,11 +9,12 @@ from runs import ROOT, command, finish
 from configs import dblock_digits
 from dblocks_jax.data import tfds_builders
 from dblocks_jax.data.datasets import Card
-from dblocks_jax.modes.evaluate import find_test_split
+from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.modes.evaluate import find_data
 from dblocks_jax.modes.load import Trained
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.training.build import Blueprint
+from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.training.optimizer import new_part
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -58,11 +59,11 @@ def test_a_checkpoint_cannot_make_evaluation_write_where_it_says(tmp_path, monke
     config = dblock_digits.get_config()
     config.update(dataset="cifar10", image_size=32, patch_size=4, data_dir=str(tmp_path / "elsewhere"))
     card = Card(tuple("0123456789"), (32, 32, 3), (0.5,) * 3, (0.5,) * 3)
-    trained = Trained(config, card, 1, Blueprint({}), {}, lambda *_: pytest.fail("it classified"))
+    trained = Trained(CLASSIFY, config, card, 1, CLASSIFY.make(config, card), Blueprint({}), {})
     run = {"config": config.to_dict(), "data": card.to_dict()}
     monkeypatch.setattr(tfds_builders, "_check_reachable", lambda url: pytest.fail("it tried to download"))
     with pytest.raises(UserError, match=r"there is no prepared cifar10 in .*elsewhere.*set --config.data_dir"):
-        find_test_split(trained, run, named=dblock_digits.get_config(), where="run")
+        find_data(trained, run, named=dblock_digits.get_config(), where="run")
     assert not (tmp_path / "elsewhere").exists()
 
 

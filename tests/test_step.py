@@ -8,30 +8,43 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import common
+from configs import classify
+from dblocks_jax.data.datasets import Card
+from dblocks_jax.data.feed import Resident, Streamed
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.dblock_vit import make_dblock_vit
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.run.streams import stream
-from dblocks_jax.tasks.classify import objective
+from dblocks_jax.tasks.classify import task as task_module
 from dblocks_jax.tasks.classify.denoiser import denoise_step
-from dblocks_jax.training.build import Blueprint, make_objective, new_model
+from dblocks_jax.tasks.classify.parts import from_modules, to_modules
+from dblocks_jax.tasks.classify.task import Classify
+from dblocks_jax.tasks.task import Draws
 from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.step import Augmentation, Resident, Steps, Streamed, make_train_step
+from dblocks_jax.training.setting import new_model
+from dblocks_jax.training.step import Steps, make_train_step
 
 ARCH = Architecture(8, 1, 4, 4, 2, 12, 2, 16, 0.0, "mean")
-PLAIN_AUGMENTATION = Augmentation(crop_padding=0, flip=False, resized_crop=False, rand_augment=False)
+CARD = Card(("a", "b", "c", "d"), (8, 8, 1), (0.5,), (0.25,))
+AUGMENTED = {"crop_padding": 1, "flip": True}
 
 
-def setup(model_type: str = "dblock", *, accumulate: int = 1, augmentation=PLAIN_AUGMENTATION):
-    config = common.get_config()
-    config.update(model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12, weighting="none")
-    blueprint, params = Blueprint.of(new_model(config, ARCH))
-    loss_fn, ranges = make_objective(config, blueprint)
-    step = make_train_step(
-        loss_fn, augmentation=augmentation, mean=(0.5,), std=(0.25,), seed=3, weight_decay=0.01, clip_norm=1.0,
-        accumulate=accumulate,
+def task_of(model_type: str = "dblock", **changes) -> Classify:
+    config = classify.get_config()
+    config.update(
+        model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12, num_heads=2, intermediate_size=16,
+        image_size=8, dropout=0.0, pool="mean", weighting="none", crop_padding=0, flip=False,
     )  # fmt: skip
-    return step, {name: new_part(part) for name, part in params.items()}, ranges
+    config.update(changes)
+    return Classify(config, CARD)
+
+
+def setup(model_type: str = "dblock", *, accumulate: int = 1, **changes):
+    task = task_of(model_type, **changes)
+    blueprint, params = new_model(task, 42)
+    step = make_train_step(task, blueprint, seed=3, weight_decay=0.01, clip_norm=1.0, accumulate=accumulate)
+    shares = [None] if task.corruption is None else task.corruption.shares
+    return step, {name: new_part(part) for name, part in params.items()}, shares
 
 
 def batch(count: int):
@@ -39,15 +52,15 @@ def batch(count: int):
     return rng.integers(0, 256, (count, 8, 8, 1), np.uint8), rng.integers(0, 4, count, np.int32)
 
 
-def run(step, parts, names, number: int, within, images, labels):
+def run(step, parts, names, number: int, share, images, labels):
     active = tuple(parts.pop(name) for name in names)
-    active, metrics = step(active, Streamed(images, labels), one_step(number, within))
+    active, metrics = step(active, Streamed({"image": images, "label": labels}), one_step(number, share))
     parts.update(zip(names, active, strict=True))
     return {name: value[0] for name, value in metrics.items()}
 
 
-def one_step(number: int, within, block: int = 0) -> Steps:
-    return Steps(np.int32(1), np.int32(block), np.int32(number), np.full(1, 1e-2, np.float32), within)
+def one_step(number: int, share, block: int = 0) -> Steps:
+    return Steps(np.int32(1), np.int32(block), np.int32(number), np.full(1, 1e-2, np.float32), share)
 
 
 def test_one_compilation_for_all_blocks_and_nothing_else_moves():
@@ -74,7 +87,7 @@ def test_a_step_may_reuse_the_memory_of_what_it_replaces():
     step, parts, _ = setup("vit")
     part = parts["model"]
     images, labels = batch(4)
-    step((part,), Streamed(images, labels), one_step(0, None))
+    step((part,), Streamed({"image": images, "label": labels}), one_step(0, None))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(part.params))
 
 
@@ -98,7 +111,7 @@ def test_the_same_step_draws_the_same_noise_and_another_step_other_noise():
     images, labels = batch(4)
     losses = []
     for number in (5, 5, 6):
-        step, parts, ranges = setup(augmentation=Augmentation(1, True, False, False))
+        step, parts, ranges = setup(**AUGMENTED)
         losses.append(float(run(step, parts, ("shared", "block_0"), number, ranges[0], images, labels)["grad_norm"]))
     assert losses[0] == losses[1] != losses[2]
 
@@ -119,7 +132,7 @@ def test_many_steps_in_one_call_are_the_same_steps(model_type):
     lr = np.linspace(1e-2, 1e-3, 5, dtype=np.float32)
     results = []
     for calls in ([5], [1] * 5, [3, 2]):
-        step, parts, ranges = setup(model_type, augmentation=Augmentation(1, True, False, False))
+        step, parts, ranges = setup(model_type, **AUGMENTED)
         names = ("model",) if model_type == "vit" else ("shared", "block_1")
         active, log, done = tuple(parts[name] for name in names), [], 0
         for count in calls:
@@ -127,7 +140,7 @@ def test_many_steps_in_one_call_are_the_same_steps(model_type):
             padded = np.zeros((5, 4), np.int32), np.zeros(5, np.float32)
             padded[0][:count], padded[1][:count] = indices[here], lr[here]
             steps = Steps(np.int32(count), np.int32(0), np.int32(7 + done), padded[1], ranges[-1])
-            active, metrics = step(active, Resident(images, labels, padded[0]), steps)
+            active, metrics = step(active, Resident({"image": images, "label": labels}, padded[0]), steps)
             log.append(jax.tree.map(lambda m, count=count: np.asarray(m)[:count], metrics))
             done += count
         assert step._cache_size() == 1
@@ -140,8 +153,9 @@ def test_images_on_the_device_or_brought_there_make_the_same_step():
     images, labels = batch(6)
     chosen = np.array([[4, 1, 3, 0]], np.int32)
     results = []
-    for data in (Resident(images, labels, chosen), Streamed(images[chosen[0]], labels[chosen[0]])):
-        step, parts, ranges = setup(augmentation=Augmentation(1, True, False, False))
+    examples = {"image": images, "label": labels}
+    for data in (Resident(examples, chosen), Streamed({name: array[chosen[0]] for name, array in examples.items()})):
+        step, parts, ranges = setup(**AUGMENTED)
         results.append(jax.device_get(step((parts["shared"], parts["block_0"]), data, one_step(3, ranges[0]))))
     for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -149,10 +163,8 @@ def test_images_on_the_device_or_brought_there_make_the_same_step():
 
 @pytest.mark.parametrize("model_type", ["vit", "dblock"])
 def test_a_model_can_be_taken_apart_and_put_together(model_type):
-    config = common.get_config()
-    config.update(model_type=model_type, num_blocks=2, num_layers=2, hidden_size=12)
-    blueprint, params = Blueprint.of(new_model(config, ARCH))
-    again, params_again = Blueprint.of(blueprint.model(params))
+    blueprint, params = new_model(task_of(model_type), 42)
+    again, params_again = Blueprint.of(to_modules(from_modules(blueprint.modules(params))))
     assert again == blueprint
     jax.tree.map(partial(np.testing.assert_array_equal), params, params_again)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 0
@@ -162,21 +174,19 @@ def test_a_model_can_be_taken_apart_and_put_together(model_type):
 def test_guidance_trains_on_blank_images_at_the_rate_asked_for(monkeypatch):
     """Only with cfg_scale > 0, as in the released code; the rest of the images stay as they are."""
     seen = []
-    real = objective.denoising_loss
+    real = task_module.denoising_losses
 
     def spy(shared, block, images, *args, **kwargs):
         seen.append(np.asarray(images))
         return real(shared, block, images, *args, **kwargs)
 
-    monkeypatch.setattr(objective, "denoising_loss", spy)
-    images = jnp.ones((400, 8, 8, 1))
+    monkeypatch.setattr(task_module, "denoising_losses", spy)
+    example = {"image": jnp.ones((400, 8, 8, 1)), "label": jnp.zeros(400, jnp.int32)}
+    draws = Draws(*jax.random.split(jax.random.key(0), 4))
     for cfg_scale, expected in [(1.5, 0.3), (0.0, 0.0)]:
-        config = common.get_config()
-        config.update(num_blocks=2, num_layers=2, hidden_size=12, cfg_scale=cfg_scale, class_dropout_prob=0.3)
-        blueprint, params = Blueprint.of(new_model(config, ARCH))
-        loss, ranges = make_objective(config, blueprint)
-        parts = (params["shared"], params["block_0"])
-        loss(parts, images, jnp.zeros(400, jnp.int32), jax.random.key(0), ranges[0])
+        task = task_of(cfg_scale=cfg_scale, class_dropout_prob=0.3)
+        blueprint, params = new_model(task, 42)
+        task.losses(blueprint.together((params["shared"], params["block_0"])), example, jnp.ones(400), draws)
         blank = (seen[-1] == 0).all(axis=(1, 2, 3))
         assert np.all(blank | (seen[-1] == 1).all(axis=(1, 2, 3)))
         assert abs(blank.mean() - expected) <= 0.08  # 400 draws at 0.3: standard deviation 0.023

@@ -8,13 +8,14 @@ import pytest
 from saved import state_of
 
 from configs import dblock_digits, vit_digits
-from dblocks_jax.modes.evaluate import evaluate_run, metrics
+from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.train import train
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.classify.scores import metrics
 from dblocks_jax.training import loop as trainer
 from dblocks_jax.training.config import check_config, check_resumable, for_evaluation
-from dblocks_jax.training.loop import train
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,

@@ -16,6 +16,7 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
 class Data(Protocol):
     """Data whose splits are read when they are asked for."""
 

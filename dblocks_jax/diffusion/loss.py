@@ -20,8 +20,8 @@ def weighted_loss(
 ) -> Float[Array, ""]:
     """One number from each sample's loss and its w(sigma), if it has one.
 
-    "per_sample": mean(w * loss), the paper's Eq. 6. "batch_mean": mean(w) * mean(loss), what the released code minimises
-    (its weights broadcast against the wrong axis). "none": mean(loss).
+    "per_sample": mean(w * loss), the paper's Eq. 6. "batch_mean": mean(w) * mean(loss), what the released code
+    minimises (its weights broadcast against the wrong axis). "none": mean(loss).
     """
     if weight is None or weighting == "none":
         return jnp.mean(losses)

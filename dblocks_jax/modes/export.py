@@ -63,7 +63,7 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
         write_weights(trained, temporary)
         (temporary / PROGRAM).write_bytes(to_program(trained))
         (temporary / CARD).write_text(
-            model_card(trained, accuracy(workdir, trained), run.get("imported")), encoding="utf-8"
+            model_card(trained, accuracy(workdir, trained.trained), run.get("imported")), encoding="utf-8"
         )
         difference = largest_difference(trained, temporary)
         if folder.exists():
@@ -128,7 +128,7 @@ def largest_difference(trained: Classifier, folder: Path) -> float:
     return difference
 
 
-def accuracy(workdir: Path, trained: Classifier) -> float | None:
+def accuracy(workdir: Path, trained: Trained) -> float | None:
     """The accuracy on the test split that is on record for a checkpoint, classified as `trained` does it."""
     fields = ARITHMETIC_FIELDS + (SAMPLER_FIELDS if trained.config.model_type == "dblock" else ())
     of_run = read_saved(workdir, CONFIG) or {}

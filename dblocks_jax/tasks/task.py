@@ -15,7 +15,7 @@ To write a task of one's own: docs/new_task.md, examples/own_task.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jax.sharding import Mesh
@@ -44,6 +44,7 @@ class Losses(NamedTuple):
     watched: dict[str, Float[Array, " b"]]  # figures to be logged, by name
 
 
+@runtime_checkable
 class Corruption(Protocol):
     """How a target is hidden, and which part of that is whose. Block 0 has the most corrupted."""
 
@@ -82,6 +83,7 @@ class MainScore:
     more_is_better: bool
 
 
+@runtime_checkable
 class Task(Protocol):
     """One of the paper's experiments, for given data and sizes. A plain network has one part and no corruption."""
 
