@@ -1,0 +1,151 @@
+"""What a data set and its splits are: images and labels by index, and what a model knows of them."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, overload, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int, Int32, UInt8
+
+from dblocks_jax.data.images import decode_all, stamp
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.naming import shown
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the images of one split."""
+
+    @property
+    def labels(self) -> Int32[np.ndarray, " n"]: ...
+    def __len__(self) -> int: ...
+    def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]: ...
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images in memory."""
+
+    pixels: UInt8[np.ndarray, "n h w c"] = field(repr=False)
+    labels: Int32[np.ndarray, " n"] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        return self.pixels[indices]
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Images decoded each time they are asked for. `stamps` are their sizes and times of change, as first seen.
+
+    Raises:
+      UserError: from `images`, naming a file that cannot be read, or is not the one that was there at the start.
+    """
+
+    paths: tuple[Path, ...] = field(repr=False)
+    labels: Int32[np.ndarray, " n"] = field(repr=False)
+    image_size: int
+    stamps: Int[np.ndarray, "n 2"] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        for i in indices:
+            if stamp(self.paths[i]) != tuple(self.stamps[i]):
+                raise UserError(f"the image {shown(self.paths[i])} has changed since training began")
+        return decode_all([self.paths[i] for i in indices], self.image_size, chunk=1)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of another source."""
+
+    source: Source
+    indices: Int[np.ndarray, " n"] = field(repr=False)
+
+    @property
+    def labels(self) -> Int32[np.ndarray, " n"]:
+        return self.source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def images(self, indices: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b h w c"]:
+        return self.source.images(self.indices[indices])
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model knows of its data. `mean` and `std` are by channel, for pixels in 0..1."""
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # height, width, channels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Card":
+        """The card among what a run has saved of its data."""
+        height, width, channels = saved["image_shape"]
+        return cls(tuple(saved["class_names"]), (height, width, channels), tuple(saved["mean"]), tuple(saved["std"]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved."""
+        return {entry.name: list(getattr(self, entry.name)) for entry in fields(Card)}
+
+
+@dataclass(frozen=True)
+class Dataset(Card):
+    """What is known of a data set before its images are read."""
+
+    name: str
+    load: Callable[[str], Source | None] = field(repr=False)
+
+    @overload
+    def split(self, which: Literal["train", "test"]) -> Source: ...
+    @overload
+    def split(self, which: Literal["val"]) -> Source | None: ...
+    def split(self, which):
+        """Load a split, once. None where there is no "val".
+
+        Raises:
+          UserError: an image cannot be read, or too few images for "val".
+        """
+        return self.load(which)
+
+
+def with_val(load: Callable[[str], Source], name: str, fraction: float, seed: int) -> Callable[[str], Source | None]:
+    """Loads "train", "val" and "test", each once, where `load` knows "train" and "test"."""
+    load = cache(load)
+
+    @cache
+    def split(which: str) -> Source | None:
+        if which == "test" or not fraction:
+            return load(which) if which != "val" else None
+        train = load("train")
+        kept, held_out = hold_out(train.labels, fraction, seed)
+        if not len(held_out):
+            raise UserError(
+                f"val_fraction={fraction} of the {len(train)} training images of {name} leaves none: raise it"
+            )
+        return Subset(train, kept if which == "train" else held_out)
+
+    return split
+
+
+def hold_out(
+    labels: Int32[np.ndarray, " n"], fraction: float, seed: int
+) -> tuple[Int[np.ndarray, " kept"], Int[np.ndarray, " held_out"]]:
+    """(rest, `fraction` of each class), both ascending."""
+    rng = np.random.default_rng([zlib.crc32(b"validation"), seed])
+    is_held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        is_held_out[members[: round(fraction * len(members))]] = True
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
