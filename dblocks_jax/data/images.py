@@ -40,13 +40,13 @@ MAGIC = (
     ("a video", rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3"),
     ("a JPEG 2000 file", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
     ("a JPEG XL file", rb"\0\0\0\x0cJXL |\xff\x0a"),
-    ("an icon", rb"\0\0[\1\2]\0"),
+    ("an icon", rb"\0\0[\x01\x02]\0"),
     ("a Photoshop file", rb"8BPS"),
     ("a BMP file", rb"BM"),
     ("a PNM file", rb"P[1-7fF]\s"),
     ("an SVG or XML file", rb"\s*<(svg|\?xml)"),
     ("a web page", rb"(?i:\s*<(!doctype html|html|head|body))"),
-    ("an archive", rb"PK\3\4|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ"),
+    ("an archive", rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ"),
 )
 
 

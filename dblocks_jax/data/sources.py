@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt8
 
 from dblocks_jax.data.images import decode_all, stamp
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import UserError, brief
 from dblocks_jax.run.naming import shown
+
+LARGEST = 1e30  # of a card's numbers: room to calculate with them
 
 
 @runtime_checkable
@@ -91,9 +93,27 @@ class Card:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> "Card":
-        """The card among what a run has saved of its data."""
-        height, width, channels = saved["image_shape"]
-        return cls(tuple(saved["class_names"]), (height, width, channels), tuple(saved["mean"]), tuple(saved["std"]))
+        """The card among what a run has saved of its data.
+
+        Raises:
+          UserError: a field is missing, or is none of a card.
+        """
+        try:
+            names, shape, mean, std = (tuple(saved[entry.name]) for entry in fields(Card))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"what is saved of the data is no card: {brief(error)}") from error
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError("what is saved of the data has class_names that are no names")
+        if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+            raise UserError("what is saved of the data has an image_shape that is not height, width, channels")
+        for what, values in (("mean", mean), ("std", std)):
+            if len(values) != shape[2] or not all(
+                type(value) in (int, float) and abs(value) <= LARGEST for value in values
+            ):
+                raise UserError(f"what is saved of the data has a {what} that is no number for each channel")
+        if min(std) <= 0:
+            raise UserError("what is saved of the data has a std that is not greater than 0")
+        return cls(names, shape, mean, std)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as they are saved."""

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.modes.load import CONFIG, FOLDER_FORMAT, WEIGHTS, Trained, load_exported, load_run, parameter_names
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.devices import on_cpu
+from dblocks_jax.run.naming import shown
 from dblocks_jax.run.workdir import read_saved, write_json, writing
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, SAMPLER_FIELDS, arithmetic
 from dblocks_jax.training.overview import noise_ranges, num_parameters
@@ -136,7 +137,7 @@ def model_card(trained: Trained, top1: float | None, imported: str | None = None
     """
     config = trained.config
     is_dblock = config.model_type == "dblock"
-    trained_on = "images of one's own" if config.dataset == "folder" else config.dataset
+    trained_on = "images of one's own" if config.dataset == "folder" else shown(config.dataset)
     facts: dict[str, Any] = {
         "library_name": "dblocks_jax",
         "pipeline_tag": "image-classification",
@@ -154,10 +155,10 @@ def model_card(trained: Trained, top1: float | None, imported: str | None = None
         "kind": f"DiffusionBlocks of {config.num_blocks} blocks" if is_dblock else "A plain vision transformer",
         "trained_on": trained_on,
         "top1": top1,
-        "card": trained.card,
+        "card": replace(trained.card, class_names=tuple(map(shown, trained.card.class_names))),
         "config": config,
         "step": trained.step,
-        "imported": imported,
+        "imported": imported and shown(imported),
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
         "noise_ranges": noise_ranges(config),
         "program": PROGRAM,

@@ -13,8 +13,8 @@ def shown(name: object) -> str:
 
 
 def shown_lines(text: object) -> str:
-    """A whole message that may hold such names, shown likewise; its line breaks stay."""
-    return _escaped(str(text), kept="\n")
+    """A whole message that may hold such names, shown likewise; its line breaks and tabs stay."""
+    return _escaped(str(text), kept="\n\t")
 
 
 def _escaped(text: str, kept: str) -> str:
