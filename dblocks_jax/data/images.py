@@ -15,8 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.run.files import check_regular
 from dblocks_jax.run.naming import shown
+from dblocks_jax.run.regular import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG")  # Pillow knows dozens more, and starts Ghostscript for one of them

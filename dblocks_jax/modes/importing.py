@@ -16,8 +16,8 @@ from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.errors import Unsaved, UserError, brief
-from dblocks_jax.run.files import check_regular
 from dblocks_jax.run.naming import shown
+from dblocks_jax.run.regular import check_regular
 from dblocks_jax.training.build import Blueprint
 from dblocks_jax.training.config import LARGEST_STEP, architecture, check_config, find_dataset
 from dblocks_jax.training.optimizer import new_part

@@ -19,8 +19,8 @@ from dblocks_jax.data.datasets import Card
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
 from dblocks_jax.run.devices import make_mesh, on_cpu, replicate
 from dblocks_jax.run.errors import Unusable, UserError, brief
-from dblocks_jax.run.files import check_regular
 from dblocks_jax.run.naming import shown
+from dblocks_jax.run.regular import check_regular
 from dblocks_jax.run.workdir import CONFIG, read_saved, scores
 from dblocks_jax.training.build import Blueprint, Classifier, make_classifier, new_model
 from dblocks_jax.training.config import (

@@ -177,7 +177,7 @@ def read_starts(workdir: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             starts.append(json.loads(text))
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
     return starts
 
