@@ -1,11 +1,14 @@
 """Names that strangers chose reach terminals, logs, cards and pictures escaped."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
+import launch
 from configs import dblock_digits
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.modes.export import model_card
@@ -79,3 +82,19 @@ def test_a_name_with_commas_is_one_where_it_is_there(tmp_path, monkeypatch):
     assert split_names("c.jpg,a,b.jpg,none") == ["c.jpg", "a,b.jpg", "none"]
     assert split_names("d,e,f,c.jpg") == ["d,e,f", "c.jpg"]
     assert split_names("x,y,,") == ["x", "y"] and split_names("") == []
+
+
+def test_flags_take_names_with_commas_and_several_times(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.jpg").touch()
+    for flag in (launch.IMAGES, launch.RUNS, launch.PARTS):
+        with flagsaver.as_parsed((flag, ["a,b.jpg,c", "d"])):
+            assert launch._names(flag) == ["a,b.jpg", "c", "d"]
+        assert launch._names(flag) == []
+
+
+def test_what_the_program_says_and_logs_is_escaped(capsys):
+    launch._complain(f"no {EVIL}", code=1)
+    assert capsys.readouterr().err == f"launch.py: no {shown_lines(EVIL)}\n"
+    record = logging.LogRecord("absl", logging.INFO, "x.py", 1, "reading %s", (EVIL,), None)
+    assert launch._Safe("%(message)s").format(record) == f"reading {shown_lines(EVIL)}"
