@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 import dblocks_jax
 from configs import classify
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
+from dblocks_jax.run.naming import shown_lines, split_names
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
 MODES = {
@@ -43,9 +44,9 @@ MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {text
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run [checkpoints/<config><postfix>].")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see the README.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Of a run: best, last, or the step of a checkpoint.")
-PARTS = flags.DEFINE_list("parts", [], "For merge: folders of the runs to join, with commas between.")
-RUNS = flags.DEFINE_list("runs", [], "For compare: folders of runs, with commas or spaces between.")
-IMAGES = flags.DEFINE_list("images", [], "For predict: image files and folders, with commas or spaces between.")
+PARTS = flags.DEFINE_multi_string("parts", [], "For merge: folders of the runs to join, with commas between.")
+RUNS = flags.DEFINE_multi_string("runs", [], "For compare: folders of runs, with commas or spaces between.")
+IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders, with commas or spaces between.")
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 DEFAULTS = {"classify": classify}  # task -> the config file with all of its fields
@@ -85,7 +86,7 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
     for flag, modes in MODES_OF.items():
         if flags.FLAGS[flag].present and mode not in modes:
             return f"--{flag} is for --mode={' or '.join(modes)}, not for {mode}"
-    if mode in NEEDED and not flags.FLAGS[NEEDED[mode]].value:
+    if mode in NEEDED and not any(flags.FLAGS[NEEDED[mode]].value or ""):
         return f"--mode={mode} needs --{NEEDED[mode]}"
     if rest and mode not in ("compare", "predict"):
         return f"unexpected argument {rest[0]!r}: flags start with --"
@@ -169,7 +170,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "predict":
             from dblocks_jax.modes.predict import predict
 
-            return predict(config, workdir, [*IMAGES.value, *more], **saved)
+            return predict(config, workdir, [*_names(IMAGES), *more], **saved)
         case "report":
             from dblocks_jax.modes.report import report
 
@@ -177,7 +178,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "compare":
             from dblocks_jax.modes.compare import compare
 
-            return compare([Path(run) for run in [*RUNS.value, *more]], workdir)
+            return compare([Path(run) for run in [*_names(RUNS), *more]], workdir)
         case "inspect":
             from dblocks_jax.modes.inspect import inspect
 
@@ -189,7 +190,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "merge":
             from dblocks_jax.modes.merge import merge
 
-            return merge([Path(part) for part in PARTS.value], workdir, **start)
+            return merge([Path(part) for part in _names(PARTS)], workdir, **start)
         case "import":
             from dblocks_jax.modes.importing import import_released
 
@@ -199,6 +200,11 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.export import export_run
 
             return export_run(config, workdir, **saved)
+
+
+def _names(flag: flags.FlagHolder[list[str]]) -> list[str]:
+    """What a flag lists with commas between, or by being given several times."""
+    return [name for text in flag.value or [] for name in split_names(text)]
 
 
 def _log_our_own_lines() -> None:
@@ -211,7 +217,14 @@ def _log_our_own_lines() -> None:
         return record.pathname.startswith(package) or (record.levelno >= WARNING and not is_orbax)
 
     logging.get_absl_handler().addFilter(is_ours_or_matters)
-    logging.get_absl_handler().setFormatter(Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+    logging.get_absl_handler().setFormatter(_Safe("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S"))
+
+
+class _Safe(Formatter):
+    """Names in what is logged may be a stranger's: they are shown escaped."""
+
+    def format(self, record: LogRecord) -> str:
+        return shown_lines(super().format(record))
 
 
 def _hide_what_is_raised_anyway() -> None:
@@ -235,7 +248,7 @@ def _keep_compiled_programs() -> None:
 
 
 def _complain(problem: object, code: int) -> int:
-    print(f"launch.py: {problem}", file=sys.stderr, flush=True)
+    print(shown_lines(f"launch.py: {problem}"), file=sys.stderr, flush=True)
     return code
 
 

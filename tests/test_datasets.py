@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from dblocks_jax.data import datasets, tfds_builders
+from dblocks_jax.data import folder as folder_module
 from dblocks_jax.data.datasets import Dataset, FileSource, load_dataset
 from dblocks_jax.run.errors import UserError
 
@@ -436,7 +437,7 @@ def test_a_folder_is_read_in_the_order_of_its_names(root):
 
 def test_a_large_folder_is_decoded_by_batch_to_the_same_values(root, monkeypatch):
     expected = everything(folder(root).split("train"))
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folder_module, "IN_MEMORY_BYTES", 0)
     train = folder(root).split("train")
     assert isinstance(train, FileSource)
     np.testing.assert_array_equal(everything(train), expected)
@@ -444,7 +445,7 @@ def test_a_large_folder_is_decoded_by_batch_to_the_same_values(root, monkeypatch
 
 @pytest.mark.parametrize("how", ["another image", "no image", "removed"])
 def test_a_file_that_changes_under_a_running_job_is_named(root, monkeypatch, how):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folder_module, "IN_MEMORY_BYTES", 0)
     train = folder(root).split("train")
     changed = train.paths[3]
     if how == "another image":
@@ -571,7 +572,7 @@ def test_a_folder_without_images_in_classes(tmp_path):
 
 
 def test_a_large_folder_has_its_headers_checked_first(root, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(folder_module, "IN_MEMORY_BYTES", 0)
     truncate(root / "train" / "dog" / "2.png")
     train = folder(root).split("train")
     train.images(np.array([0, 1]))

@@ -1,7 +1,9 @@
 """What is handed on gives the same answers elsewhere."""
 
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 from runs import ROOT
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax.modes.export import accuracy, export_run
@@ -130,6 +132,14 @@ def test_an_export_takes_the_place_of_an_older_one(exported):
     assert not list(workdir.glob(".export*"))
 
 
+def folder_of(tmp_path: Path, weights: bytes, about: bytes) -> Path:
+    place = tmp_path / str(len(list(tmp_path.iterdir())))
+    place.mkdir()
+    (place / "model.safetensors").write_bytes(weights)
+    (place / "config.json").write_bytes(about)
+    return place
+
+
 def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
     source = exported[0] / "export"
     arrays = load_file(source / "model.safetensors")
@@ -137,12 +147,8 @@ def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
     config = (source / "config.json").read_bytes()
 
     def folder(change: dict[str, np.ndarray | None], about: bytes = config) -> Path:
-        place = tmp_path / str(len(list(tmp_path.iterdir())))
-        place.mkdir()
         changed = {key: value for key, value in (arrays | change).items() if value is not None}
-        save_file(changed, place / "model.safetensors")
-        (place / "config.json").write_bytes(about)
-        return place
+        return folder_of(tmp_path, save(changed), about)
 
     with pytest.raises(UserError, match=r"expected float32\[12, 10\], found float32\[12, 9\]"):
         load_classifier(folder({name: arrays[name][:, :9].copy()}))
@@ -160,3 +166,83 @@ def test_a_folder_that_is_damaged_is_refused_by_name(exported, tmp_path):
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         load_classifier(torn)
+
+
+def deep(levels: int) -> bytes:
+    return b'{"a":' * levels + b"1" + b"}" * levels
+
+
+def test_a_hostile_config_is_one_line(exported, tmp_path):
+    source = exported[0] / "export"
+    weights, about = (source / "model.safetensors").read_bytes(), json.loads((source / "config.json").read_text())
+    nested: dict = {}
+    for _ in range(400):  # json reads this
+        nested = {"a": nested}
+
+    def changed(part: str, **fields: object) -> bytes:
+        return json.dumps(about | {part: about[part] | fields}).encode()
+
+    for content, message in [
+        (deep(100_000), "config.json can"),
+        (json.dumps(about | {"config": nested}).encode(), "config.json cannot be used"),
+        (json.dumps(about | {"data": nested}).encode(), "is no card"),
+        (json.dumps(about | {"step": 1e400}).encode(), "config.json cannot be used"),
+        (changed("config", num_layers="two"), "config.json cannot be used"),
+        (changed("config", num_layers=2.5), "config.json cannot be used|must divide"),
+        (changed("config", scheduler_specific_kwargs="[" * 100_000), "scheduler_specific_kwargs is not JSON"),
+        (changed("config", scheduler_specific_kwargs=nested), "config.json cannot be used"),
+        (changed("config", **{"\x1b[2J": 1e300}), r"\\x1b\[2J must be a finite number"),
+        (changed("config", image_size=16), r"images of \(8, 8, 1\), but image_size=16"),
+        (changed("data", class_names=[1] * 10), "class_names that are no names"),
+        (changed("data", mean=[0.1, 0.2]), "a mean that is no number for each channel"),
+        (changed("data", std=[10**400]), "a std that is no number for each channel"),
+        (changed("data", std=[0]), "a std that is not greater than 0"),
+        (changed("data", image_shape=[8, 8]), "an image_shape that is not height, width, channels"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            load_classifier(folder_of(tmp_path, weights, content))
+        assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+def test_hostile_weights_are_named(exported, tmp_path):
+    source = exported[0] / "export"
+    about = (source / "config.json").read_bytes()
+    arrays = load_file(source / "model.safetensors")
+    name = min(arrays)  # messages name the first
+    size = arrays[name].size
+
+    def with_header(header: bytes) -> bytes:
+        return struct.pack("<Q", len(header)) + header + b"0" * size
+
+    def as_dtype(dtype: str) -> bytes:
+        return with_header(json.dumps({name: {"dtype": dtype, "shape": [size], "data_offsets": [0, size]}}).encode())
+
+    for weights, message in [
+        (as_dtype("F8_E4M3"), rf"{name}: expected float32\[.*\], found F8_E4M3\[{size}\]"),
+        (as_dtype("BOOL"), rf"{name}: expected float32\[.*\], found BOOL\[{size}\]"),
+        (as_dtype("F7"), "cannot be read"),
+        (with_header(deep(100_000)), "cannot be read"),
+        (save(arrays | {"\x1b[2J\n": np.zeros(1)}), r"\n  \\x1b\[2J\\n: expected nothing, found float64\[1\]$"),
+        (save(arrays | {str(i): np.zeros(1) for i in range(1000)}), r"\n  and 980 more$"),
+        (b"", "it is empty"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            load_classifier(folder_of(tmp_path, weights, about))
+        assert len(str(error.value)) < 3000
+
+
+def test_a_pipe_in_an_exported_folder_is_not_waited_for(exported, tmp_path):
+    shutil.copytree(exported[0] / "export", tmp_path / "export")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "export" / name).unlink()
+        os.mkfifo(tmp_path / "export" / name)
+        with pytest.raises(UserError, match=rf"{name}: it is a pipe, not a file"):
+            load_classifier(tmp_path / "export")
+        (tmp_path / "export" / name).unlink()
+        shutil.copy(exported[0] / "export" / name, tmp_path / "export")
+
+
+def test_loading_in_python_is_silent(exported, caplog, capfd):
+    load_classifier(exported[0])
+    assert not caplog.records
+    assert capfd.readouterr() == ("", "")

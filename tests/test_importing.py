@@ -1,5 +1,6 @@
 """Checkpoints of the released program become runs."""
 
+import os
 import sys
 from functools import partial
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from configs import dblock_folder
 from dblocks_jax.diffusion.sampler import initial_z
-from dblocks_jax.models.reference import to_reference
+from dblocks_jax.models.reference import LABELS, PATCH_WEIGHT, to_reference
 from dblocks_jax.modes import importing
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.importing import Released, import_released, read_checkpoint
@@ -157,15 +158,75 @@ def test_what_is_no_checkpoint_is_named_and_runs_nothing(tmp_path):
 
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}))
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps({"state_dict": Payload()}, protocol=2))
+    torch.save({"state_dict": Payload()}, tmp_path / "zip.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    os.mkfifo(tmp_path / "pipe.ckpt")
     torch.save({"weights": {}}, tmp_path / "other.ckpt")
     torch.save({"state_dict": {"model.classifier.bias": "a word"}}, tmp_path / "words.ckpt")
     for name, message in [
-        ("none.ckpt", "cannot read the checkpoint"),
-        ("text.ckpt", "cannot read the checkpoint"),
-        ("evil.ckpt", "cannot read the checkpoint"),
+        ("none.ckpt", "cannot read the checkpoint .*: there is no such file"),
+        ("text.ckpt", "cannot read the checkpoint .*: it is no checkpoint of PyTorch$"),
+        ("evil.ckpt", "the file holds code, which is never run$"),
+        ("old.ckpt", r"the file holds code \(_?io.open\), which is never run$"),
+        ("zip.ckpt", r"the file holds code \(_?io.open\), which is never run$"),
+        ("empty.ckpt", "it is empty$"),
+        ("pipe.ckpt", "it is a pipe, not a file$"),
         ("other.ckpt", "it has no state_dict"),
         ("words.ckpt", "it has no state_dict of tensors"),
     ]:
         with pytest.raises(UserError, match=message):
             read_checkpoint(tmp_path / name)
     assert not (tmp_path / "it ran").exists()
+
+
+def test_a_malformed_checkpoint_is_one_line(tmp_path):
+    torch = pytest.importorskip("torch")
+    ones = torch.ones(3)
+    sparse = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (2,), check_invariants=True)
+    for number, (content, message) in enumerate(
+        [
+            ({"state_dict": {}}, "its state_dict is empty$"),
+            ({"state_dict": {1: ones}}, "its state_dict has 1 where a name should be$"),
+            ({"state_dict": {"a": sparse}}, "a is no dense array of floating-point numbers$"),
+            ({"state_dict": {"a": ones.to(torch.int32)}}, "a is no dense array"),
+            ({"state_dict": {"a": ones.to(torch.complex64)}}, "a is no dense array"),
+            ({"state_dict": {"a": torch.ones(1).expand(10**6, 10**7)}}, "a is no dense array"),  # 40 TB
+            ({"state_dict": {"\x1b[2J\n": ones * torch.nan}}, r": \\x1b\[2J\\n holds numbers that are not finite$"),
+            ({"state_dict": {"a": ones}, "hyper_parameters": [1]}, "its hyper_parameters are no table"),
+            (
+                {"state_dict": {"a": ones}, "hyper_parameters": {"gamma": ones}},
+                "hyper-parameter gamma is no number",
+            ),
+            ({"state_dict": {"a": ones}, "global_step": "1"}, "its global_step is no number of steps"),
+            ({"state_dict": {"a": ones}, "global_step": 2**40}, "its global_step is no number of steps"),
+            ([], "it has no state_dict"),
+        ]
+    ):
+        path = tmp_path / f"{number}.ckpt"
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message) as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({PATCH_WEIGHT: np.zeros((24, 3), np.float32)}, r"of shape \(24, 3\): it must have 4 dimensions"),
+        (
+            {"vit.embeddings.position_embeddings": np.zeros(3, np.float32)},
+            r"shape \(3,\): it must have 3 dimensions",
+        ),
+        ({"vit.encoder.layer.x.weight": np.zeros(3, np.float32)}, "does not have: vit.encoder.layer.x.weight"),
+        ({"\x1b]0;hi\x07": np.zeros(3, np.float32)}, r"does not have: \\x1b\]0;hi\\x07$"),
+        ({"vit.encoder.layer.0.attention.attention.key.bias": np.float32(1)}, "key.bias .* do not fit"),
+        ({LABELS: None}, f"holds no model of the released program: neither {LABELS} nor"),
+    ],
+)
+def test_weights_of_no_such_model_are_named(released, config, tmp_path, monkeypatch, change, message):
+    weights = {name: value for name, value in (released[0].weights | change).items() if value is not None}
+    monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0]._replace(weights=weights))
+    with pytest.raises(UserError, match=message):
+        start_import(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

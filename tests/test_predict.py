@@ -1,11 +1,13 @@
 """A trained model in use: from a batch of images, and from files."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 
 from configs import dblock_digits
 from dblocks_jax.modes.evaluate import evaluate_run
@@ -110,6 +112,7 @@ def test_what_is_no_image_is_named(run, tmp_path):
         ([str(tmp_path / "none.png")], "there is no image .*none.png"),
         ([str(tmp_path / "empty")], "empty holds no image"),
         ([], "needs --images"),
+        (["x" * 5000], "there is no image"),
         ([str(tmp_path / "torn.png")], "cannot read the image .*torn.png"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -126,12 +129,43 @@ def test_images_are_found_in_the_order_of_their_paths(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.JPEG", "b/1.jpg", "b/2.png", "notes.txt"]
 
 
+def a_record(name: str, label: str = "cat", steps: int = 1) -> dict:
+    return describe(name, np.eye(2)[[0] * steps], (label, "b"), [{}] * steps)
+
+
 def test_names_are_printed_as_they_are(capsys):
-    """Neither brackets nor bytes that are no text take part in the table's own language."""
-    record = describe("set[/test]/caf\udce9[a].png", np.eye(2)[:1], ("[red]", "b"), [{}])
-    print_table([record])
+    """Brackets take no part in the table's own language; bytes that are no text and control characters are escaped."""
+    print_table([a_record("set[/test]/caf\udce9[a].png", "[red]"), a_record("\x1b[2J\n", "\x1b[1m")])
     printed = capsys.readouterr().out
-    assert "set[/test]/caf?[a].png" in printed and "[red]" in printed
+    assert r"set[/test]/caf\xe9[a].png" in printed and "[red]" in printed
+    assert r"\x1b[2J\n" in printed and r"\x1b[1m" in printed and "\x1b" not in printed
+
+
+def test_a_pipe_gets_whole_names_and_a_terminal_their_ends(capsys, monkeypatch):
+    names = [f"{'some/deep folder/' * 20}{i:03d}.png" for i in range(3)] + ["日本語/" * 30 + "猫.png"]
+    records = [a_record(name, "a class", steps=2) for name in names]
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table(records)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("  ")[0].strip() for line in lines] == names
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    print_table(records)
+    printed = capsys.readouterr().out
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+    assert len(lines) == 1 + len(names) and max(map(cell_len, lines)) <= 80
+    for line, name in zip(lines[1:], names, strict=True):
+        cut = line.strip().split("  ")[0]
+        assert cut.startswith("…") and name.endswith(cut[1:]) and len(cut) > 8
+        assert "a class" in line and "100.0% > 100.0%" in line
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(records)
+    printed = capsys.readouterr().out
+    assert all(f"{i:03d}.png" in printed for i in range(3))
+
+
+def test_many_steps_are_told_by_three(capsys):
+    print_table([a_record("a.png", steps=1000)])
+    assert "100.0% > ... > 100.0% > ... > 100.0%" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_evaluation_and_the_loaded_classifier_agree_about_the_checkpoint(run):

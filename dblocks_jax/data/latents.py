@@ -18,7 +18,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
-from dblocks_jax.data.datasets import CHUNK, IN_MEMORY_BYTES, Dataset, Source, _in_threads, _visible, _with_val
+from dblocks_jax.data.folder import IN_MEMORY_BYTES, visible
+from dblocks_jax.data.images import CHUNK, in_threads
+from dblocks_jax.data.sources import Dataset, Source, with_val
 from dblocks_jax.run.errors import UserError, brief
 
 SUFFIX = ".npy"
@@ -91,7 +93,7 @@ def load_latents(data_dir: str, *, scale: float, val_fraction: float, seed: int)
     def load(which: str) -> Source:
         return _open_latents(*files[which], shape, scale, first)
 
-    split = cache(load) if "val" in own else _with_val(load, str(root), val_fraction, seed)
+    split = cache(load) if "val" in own else with_val(load, str(root), val_fraction, seed)
     channels = shape[-1]
     return Dataset(class_names, shape, (0.0,) * channels, (1.0,) * channels, "latents", split)
 
@@ -116,7 +118,7 @@ def _find_splits(root: Path, val_fraction: float) -> dict[str, Path]:
 
 def _find_classes(train: Path) -> tuple[str, ...]:
     """One is enough: there is a distribution to learn."""
-    names = tuple(path.name for path in _visible(train) if path.is_dir())
+    names = tuple(path.name for path in visible(train) if path.is_dir())
     if not names:
         raise UserError(f"{train} has no class folders: latents belong in {train}/<class>/")
     for name in names:
@@ -128,12 +130,12 @@ def _find_classes(train: Path) -> tuple[str, ...]:
 def _list_latents(folder: Path, class_names: Sequence[str]) -> tuple[tuple[Path, ...], Int32[np.ndarray, " n"]]:
     """(files, labels) of a split, class by class."""
     paths, labels = [], []
-    for class_folder in _visible(folder):
+    for class_folder in visible(folder):
         if not class_folder.is_dir():
             continue
         if class_folder.name not in class_names:
             raise UserError(f"{class_folder} is a class that the training latents do not have")
-        latents = [path for path in _visible(class_folder) if path.suffix.lower() == SUFFIX]
+        latents = [path for path in visible(class_folder) if path.suffix.lower() == SUFFIX]
         if not latents:
             raise UserError(f"{class_folder} has no latent: none ends in {SUFFIX}")
         paths += latents
@@ -157,7 +159,7 @@ def _open_latents(
             )
         stamps[index] = header.stamp
 
-    _in_threads(look, range(len(paths)), CHUNK)
+    in_threads(look, range(len(paths)), CHUNK)
     if 4 * len(paths) * math.prod(shape) <= IN_MEMORY_BYTES:
         return LatentArrays(_read_all(paths, stamps, shape, scale, chunk=CHUNK), labels)
     return LatentFiles(paths, labels, shape, scale, tuple(stamps))
@@ -175,7 +177,7 @@ def _read_all(
         if not np.isfinite(values[index]).all():
             raise UserError(f"the latent {paths[index]} has values that are not finite, or too large for float32")
 
-    _in_threads(read, range(len(paths)), chunk)
+    in_threads(read, range(len(paths)), chunk)
     return values
 
 

@@ -1,5 +1,6 @@
 """Weights of the released PyTorch program, in and out: {parameter name: array} <-> our models."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from dblocks_jax.models.layers import Layer
 from dblocks_jax.models.primitives import LayerNorm, Linear
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.naming import shown
 
 PATCH_WEIGHT = "vit.embeddings.patch_embeddings.projection.weight"
 LABELS = "vit.embeddings.label_embeddings.weight"
@@ -46,16 +48,18 @@ def from_reference(weights: Mapping[str, np.ndarray], config: Any) -> ViT | DBlo
     for entry in _entries(model):
         arrays = [_take(weights, name) for name in entry.names]
         left_over.difference_update(entry.names)
-        value = entry.to_ours(*arrays)
         expected = entry.variable.get_value().shape
-        if value.shape != expected:
+        try:
+            value = entry.to_ours(*arrays)
+        except ValueError:  # they have another number of dimensions, or do not fit each other
+            value = None
+        if value is None or value.shape != expected:
             shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(entry.names, arrays, strict=True))
             raise UserError(f"the reference weights {shapes} do not fit: expected {expected} after conversion")
         entry.variable.set_value(jnp.asarray(value, jnp.float32))
     if left_over:
-        raise UserError(
-            f"the reference weights hold parameters this model does not have: {', '.join(sorted(left_over))}"
-        )
+        names = ", ".join(map(shown, sorted(left_over)))
+        raise UserError(f"the reference weights hold parameters this model does not have: {names}")
     return model
 
 
@@ -74,14 +78,20 @@ def _take(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     return weights[name]
 
 
+def _sizes(weights: Mapping[str, np.ndarray], name: str, count: int) -> tuple[int, ...]:
+    shape = _take(weights, name).shape
+    if len(shape) != count or not all(shape):
+        raise UserError(f"the reference weights have a {name} of shape {shape}: it must have {count} dimensions")
+    return shape
+
+
 def read_architecture(weights: Mapping[str, np.ndarray], config: Any) -> Architecture:
     if (LABELS in weights) == (CLS_TOKEN in weights):
         raise UserError(f"the reference weights must hold either {LABELS} or {CLS_TOKEN}")
-    hidden_size, channels, patch_size, _ = _take(weights, PATCH_WEIGHT).shape
-    num_patches = _take(weights, "vit.embeddings.position_embeddings").shape[1] - 1
-    num_layers = 1 + max(
-        (int(name.split(".")[3]) for name in weights if name.startswith("vit.encoder.layer.")), default=-1
-    )
+    hidden_size, channels, patch_size, _ = _sizes(weights, PATCH_WEIGHT, 4)
+    num_patches = _sizes(weights, "vit.embeddings.position_embeddings", 3)[1] - 1
+    numbered = (re.match(r"vit\.encoder\.layer\.([0-9]{1,6})\.", name) for name in weights)
+    num_layers = 1 + max((int(found[1]) for found in numbered if found), default=-1)
     if hidden_size % config.num_heads:
         raise UserError(f"num_heads={config.num_heads} does not divide the reference's hidden size {hidden_size}")
     if LABELS in weights and num_layers % config.num_blocks:
@@ -89,12 +99,12 @@ def read_architecture(weights: Mapping[str, np.ndarray], config: Any) -> Archite
     return Architecture(
         image_size=patch_size * round(num_patches**0.5),
         channels=channels,
-        num_labels=_take(weights, "classifier.weight").shape[0],
+        num_labels=_sizes(weights, "classifier.weight", 2)[0],
         patch_size=patch_size,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=config.num_heads,
-        intermediate_size=_take(weights, "vit.encoder.layer.0.intermediate.dense.bias").shape[0],
+        intermediate_size=_sizes(weights, "vit.encoder.layer.0.intermediate.dense.bias", 1)[0],
         dropout_rate=0.0,
         pool=config.pool,
     )

@@ -26,6 +26,7 @@ from dblocks_jax.modes.load import (
 )
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.devices import on_cpu
+from dblocks_jax.run.naming import shown
 from dblocks_jax.run.workdir import read_saved, write_json, writing
 from dblocks_jax.tasks.classify.config import SAMPLER_FIELDS
 from dblocks_jax.tasks.classify.task import CLASSIFY
@@ -149,7 +150,7 @@ def model_card(trained: Classifier, top1: float | None, imported: str | None = N
     """
     config = trained.config
     is_dblock = config.model_type == "dblock"
-    trained_on = "images of one's own" if config.dataset == "folder" else config.dataset
+    trained_on = "images of one's own" if config.dataset == "folder" else shown(config.dataset)
     facts: dict[str, Any] = {
         "library_name": "dblocks_jax",
         "pipeline_tag": "image-classification",
@@ -167,10 +168,10 @@ def model_card(trained: Classifier, top1: float | None, imported: str | None = N
         "kind": f"DiffusionBlocks of {config.num_blocks} blocks" if is_dblock else "A plain vision transformer",
         "trained_on": trained_on,
         "top1": top1,
-        "card": trained.card,
+        "card": replace(trained.card, class_names=tuple(map(shown, trained.card.class_names))),
         "config": config,
         "step": trained.step,
-        "imported": imported,
+        "imported": imported and shown(imported),
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
         "noise_ranges": describe_shares(trained.trained.task),
         "program": PROGRAM,

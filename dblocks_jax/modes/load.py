@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
@@ -18,6 +20,8 @@ from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
 from dblocks_jax.run.devices import make_mesh, on_cpu, replicate
 from dblocks_jax.run.errors import Unusable, UserError, brief
+from dblocks_jax.run.naming import shown
+from dblocks_jax.run.regular import check_regular
 from dblocks_jax.run.workdir import CONFIG, read_saved, scores
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.table import entry_of
@@ -28,6 +32,10 @@ from dblocks_jax.training.setting import new_model
 # An exported folder: parameters, and beside them CONFIG with what is needed to use them.
 WEIGHTS = "model.safetensors"
 FOLDER_FORMAT = "dblocks_jax 1"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names there -> names here
+MOST_DIFFERING = 20  # arrays that a message names
+# What a field raises that is missing, not of its type, or nested too deeply.
+MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,8 @@ def load_trained(folder: str | Path, checkpoint: str = "best") -> Trained:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     folder = Path(folder)
-    return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+    with _without_orbax():
+        return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
 
 
 def only(entry: Entry, trained: Trained, where: Path) -> Trained:
@@ -140,32 +149,51 @@ def load_exported(folder: Path) -> Trained:
     Raises:
       UserError: a file is missing or damaged, or the parameters are not those of its config.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    about = read_saved(folder, CONFIG)
-    if not isinstance(about, dict) or about.get("format") != FOLDER_FORMAT:
-        raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
+    for name in (WEIGHTS, CONFIG):
+        check_regular(folder / name, "the exported file")
     try:
-        arrays = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS} cannot be read ({brief(error)})") from error
-    try:
+        about = read_saved(folder, CONFIG)
+        if not isinstance(about, dict) or about.get("format") != FOLDER_FORMAT:
+            raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
         config = ConfigDict(SINCE | about["config"])
         entry, step = entry_of(config), int(about["step"])
         check_config(entry, config)
         card = entry.card(about["data"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a field is missing, or not of its type
+        with on_cpu():
+            task = entry.make(config, card)
+            blueprint, fresh = new_model(task, config.seed)
+    except MALFORMED as error:
         raise UserError(f"{folder / CONFIG} cannot be used ({brief(error)})") from error
-    with on_cpu():
-        task = entry.make(config, card)
-        blueprint, fresh = new_model(task, config.seed)
-    expected, found = ({name: describe(array) for name, array in of.items()} for of in (parameter_names(fresh), arrays))
-    if differing := differences(expected=expected, found=found):
-        raise UserError(f"{folder / WEIGHTS} does not fit its config:\n  " + "\n  ".join(differing))
+    arrays = read_weights(folder / WEIGHTS, {name: describe(array) for name, array in parameter_names(fresh).items()})
     paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
     params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
     return Trained(entry, config, card, step, task, blueprint, params)
+
+
+def read_weights(path: Path, expected: dict[str, str]) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file by name, if they have the `expected` types and shapes, such as "float32[2, 3]".
+
+    Raises:
+      UserError: it is damaged, or holds other arrays, which are named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            found = {
+                shown(name): f"{DTYPES.get(header.get_dtype(), header.get_dtype())}{header.get_shape()}"
+                for name, header in headers.items()
+            }
+            # Before they are read: of types that numpy does not have there is nothing that could be read.
+            differing = differences(expected=expected, found=found)
+            arrays = {} if differing else {name: file.get_tensor(name) for name in expected}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({brief(error)})") from error
+    if differing:
+        more = [f"and {len(differing) - MOST_DIFFERING} more"] if len(differing) > MOST_DIFFERING else []
+        raise UserError(f"{path} does not fit its config:\n  " + "\n  ".join(differing[:MOST_DIFFERING] + more))
+    return arrays
 
 
 def parameter_names(params: dict[str, Params]) -> dict[str, Any]:
@@ -230,6 +258,21 @@ def ranking(entry: Entry, workdir: Path) -> dict[int, float]:
     """Step -> main score on the validation split, the more the better, as far as it is on record."""
     sign = 1 if entry.main_score.more_is_better else -1
     return {step: sign * value for step, value in scores(workdir, "val", entry.main_score.name).items()}
+
+
+@contextmanager
+def _without_orbax() -> Iterator[None]:
+    """Orbax warns that what is opened to be read is not written. What goes wrong, it raises as well."""
+
+    def is_of_others(record: LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger = logging.get_absl_logger()
+    logger.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_others)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from dblocks_jax.diffusion.noise import NoiseDistribution
+from dblocks_jax.run.naming import shown
 
 MIB = 2**20
 INK, FAINT, ACCENT, WRONG = "#24292f", "#8c959f", "#3b6fb6", "#c4432b"
@@ -158,7 +159,8 @@ def confusion(matrix: Int[np.ndarray, "classes classes"], class_names: Sequence[
         mistakes = np.ma.masked_where(is_right | (matrix == 0), share)
         axes.imshow(mistakes, cmap="Reds", vmin=-0.3 * share[~is_right].max(), vmax=max(0.05, share[~is_right].max()))
         if count <= MOST_NAMED_CLASSES:
-            names = [name if len(name) <= 14 else f"{name[:13]}…" for name in class_names]
+            safe = map(shown, class_names)
+            names = [name if len(name) <= 14 else f"{name[:13]}…" for name in safe]
             axes.set_xticks(range(count), names, rotation=90)
             axes.set_yticks(range(count), names)
             for row, column in zip(*np.nonzero(matrix), strict=True):

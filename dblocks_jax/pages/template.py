@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.naming import shown_lines
 
 
 def render(name: str, values: dict[str, Any]) -> str:
@@ -18,11 +19,19 @@ def render(name: str, values: dict[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_escape,
     )
     environment.filters["percent"] = lambda value, digits=1: f"{value:.{digits}%}"
     environment.filters["json"] = json.dumps  # which is YAML too: whatever a name is, it is quoted
     pictures = {key: Markup(svg) for key, svg in values.get("charts", {}).items()}
     return environment.get_template(name).render(values | {"charts": pictures})
+
+
+def _escape(value: Any) -> Any:
+    """What does not print, such as ESC in the name of a class, is shown as its escape."""
+    if isinstance(value, Markup):
+        return Markup(shown_lines(value))
+    return shown_lines(value) if isinstance(value, str) else value
 
 
 def write_page(path: Path, values: dict[str, Any]) -> Path:

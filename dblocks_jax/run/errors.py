@@ -1,13 +1,21 @@
 """How a run may end early: each exception is one line for the user and an exit code of its own."""
 
+import textwrap
+
+from dblocks_jax.run.naming import shown_lines
+
 
 class UserError(Exception):
     """A mistake in the command, config, data or workdir: the launcher prints it as one line and exits with code 1.
 
-    The message says what is wrong, where (field, path, class), and what to do about it.
+    The message says what is wrong, where (field, path, class), and what to do about it. Names in it, which a
+    stranger may have chosen, are shown escaped.
     """
 
     exit_code = 1
+
+    def __init__(self, message: object):
+        super().__init__(shown_lines(message))
 
 
 class Unusable(UserError):
@@ -33,5 +41,5 @@ class Stopped(Exception):
 
 
 def brief(error: BaseException) -> str:
-    """An error of a library on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """An error of a library on one line, cut between words."""
+    return shown_lines(textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ..."))

@@ -58,6 +58,16 @@ def card_without_images(config: ConfigDict) -> Card:
     return Card(names, shape, stored.mean, stored.std)
 
 
+def check_card(config: ConfigDict, card: Card) -> None:
+    """Refuse images of another size than the config's.
+
+    Raises:
+      UserError: naming both.
+    """
+    if card.image_shape[:2] != (config.image_size, config.image_size):
+        raise UserError(f"the images are of {card.image_shape}, but image_size={config.image_size}")
+
+
 def image_batch(card: Card, count: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch of labelled images."""
     shape = jax.ShapeDtypeStruct

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from dblocks_jax.models.blueprint import Params
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import UserError, brief
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
@@ -92,6 +92,7 @@ def adamw(
     return tuple(updated), norm
 
 
+LARGEST = 1e30  # of a schedule's numbers: room to calculate with them
 SCHEDULES = {  # name -> the keyword arguments it understands
     "constant_with_warmup": (),
     "linear": (),
@@ -134,12 +135,15 @@ def _schedule_kwargs(scheduler_type: str, specific_kwargs: str) -> dict[str, flo
         raise UserError(f"scheduler_type is {scheduler_type!r}; choose one of {', '.join(SCHEDULES)}")
     try:
         kwargs = json.loads(specific_kwargs or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"scheduler_specific_kwargs is not JSON ({error}): {specific_kwargs!r}") from None
+    except (ValueError, RecursionError) as error:  # what is nested deeply enough is no ValueError
+        raise UserError(f"scheduler_specific_kwargs is not JSON ({brief(error)}): {specific_kwargs[:200]!r}") from None
     known = SCHEDULES[scheduler_type]
     numbers = isinstance(kwargs, dict) and all(type(value) in (int, float) for value in kwargs.values())
-    if not numbers or not all(math.isfinite(value) and value >= 0 for value in kwargs.values()):
-        raise UserError(f"scheduler_specific_kwargs must be a JSON object of numbers >= 0, not {specific_kwargs!r}")
+    if not numbers or not all(0 <= value <= LARGEST for value in kwargs.values()):
+        raise UserError(
+            f"scheduler_specific_kwargs must be a JSON object of numbers from 0 to {LARGEST:g}, "
+            f"not {specific_kwargs[:200]!r}"
+        )
     for key in kwargs:
         if key not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"

@@ -21,7 +21,7 @@ from dblocks_jax.tasks.classify.objective import denoising_losses, drop_images, 
 from dblocks_jax.tasks.classify.parts import new_model, to_modules
 from dblocks_jax.tasks.classify.scores import answers, metrics
 from dblocks_jax.tasks.gaussian import gaussian
-from dblocks_jax.tasks.images import augment_batch, card_without_images, find_dataset, image_batch
+from dblocks_jax.tasks.images import augment_batch, card_without_images, check_card, find_dataset, image_batch
 from dblocks_jax.tasks.task import Draws, Entry, Losses, MainScore, Score
 
 
@@ -31,6 +31,9 @@ class Classify:
 
     config: ConfigDict
     card: Card
+
+    def __post_init__(self) -> None:
+        check_card(self.config, self.card)
 
     @property
     def is_plain(self) -> bool:
