@@ -15,7 +15,8 @@ from rich.text import Text
 
 from dblocks_jax.data.datasets import IMAGE_SUFFIXES, read_images
 from dblocks_jax.modes.load import Trained, load_run
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
+from dblocks_jax.run.files import saving
 from dblocks_jax.run.workdir import write_json
 from dblocks_jax.training.build import sampler_plan
 from dblocks_jax.training.config import arithmetic
@@ -32,16 +33,21 @@ def predict(
 
     Raises:
       UserError: there is no such run or image, or it cannot be read.
+      Diverged: the model's answers are not finite.
+      Unsaved: the table is printed, but PREDICTIONS cannot be written.
     """
     paths = find_images(images)
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     probabilities = classify_files(trained, paths)
+    if not np.isfinite(probabilities[-1]).all():
+        raise Diverged(f"{workdir}: {NOT_FINITE}")
     steps = describe_steps(trained.config)
     records = [
         describe(str(path), probabilities[:, i], trained.card.class_names, steps) for i, path in enumerate(paths)
     ]
-    write_json(workdir / PREDICTIONS, records)
     print_table(records)
+    with saving(workdir / PREDICTIONS):
+        write_json(workdir / PREDICTIONS, records)
     return {
         "mode": "predict",
         "workdir": str(workdir),

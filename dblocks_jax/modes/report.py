@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from dblocks_jax.modes.predict import describe, describe_steps
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.run.workdir import STARTS, logged
+from dblocks_jax.run.errors import NOT_FINITE, Diverged
+from dblocks_jax.run.workdir import STARTS, logged, read_lines
 from dblocks_jax.training.build import sampler_plan
 from dblocks_jax.training.config import arithmetic, noise_distribution, num_inference_steps
 from dblocks_jax.training.overview import noise_ranges, num_parameters
@@ -41,7 +41,9 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
     """Score a run on its test split, look at it from all sides, and write PAGE into its folder.
 
     Raises:
-      UserError: there is no such run or checkpoint, its data cannot be had, or the page cannot be written.
+      UserError: there is no such run or checkpoint, or its data cannot be had.
+      Diverged: its answers are not finite.
+      Unsaved: the page cannot be written.
     """
     mesh = make_mesh()
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
@@ -52,6 +54,8 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
             trained.classify, trained.params, test, batch_size=config.eval_batch_size, mesh=mesh
         )  # fmt: skip
         found = metrics(believed, logits, test.labels)
+        if "diverged" in found:
+            raise Diverged(f"{workdir}: {NOT_FINITE}")
         by_count = accuracy_by_count(trained, test, mesh)
     steps = describe_steps(config)
     right, wrong = choose(believed[-1], logits, test.labels)
@@ -171,15 +175,10 @@ def data_uri(pixels: UInt8[np.ndarray, "h w c"]) -> str:
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """When and how the run was started; lines that cannot be read are left out."""
-    starts = []
-    path = workdir / STARTS
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            starts.append(json.loads(text))
-        except ValueError:
-            continue
-    return starts
+    """When and how the run was started; lines that are none of ours are left out."""
+    kinds = {"time": str, "command": list, "devices": list, "host": str, "python": str, "versions": dict}
+    starts = read_lines(workdir / STARTS)
+    return [start for start in starts if all(isinstance(start.get(name), kind) for name, kind in kinds.items())]
 
 
 def draw(

@@ -1,5 +1,11 @@
 """How a run may end early: each exception is one line for the user and an exit code of its own."""
 
+# What the modes that ask a model for answers say of one that has none.
+NOT_FINITE = (
+    "the model's answers are not finite numbers: its training diverged. Choose an earlier --checkpoint, or train anew "
+    "with a lower lr"
+)
+
 
 class UserError(Exception):
     """A mistake in the command, config, data or workdir: the launcher prints it as one line and exits with code 1.
@@ -21,7 +27,7 @@ class Unsaved(Exception):
 
 
 class Diverged(Exception):
-    """Training stopped, for the numbers of one step after another were not finite."""
+    """The numbers of one training step after another, or the answers of the trained model, are not finite."""
 
     exit_code = 4
 

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 
 from dblocks_jax.run.logs import Logs
+from dblocks_jax.run.workdir import shortened
 from dblocks_jax.tasks.classify.objective import WORST_SIGMA
 from dblocks_jax.training.display import Display, memory_in_use
 from dblocks_jax.training.health import Health
@@ -82,8 +83,12 @@ class Progress:
     def evaluated(self, step: int, split: str, scores: dict[str, Any]) -> None:
         """Record an evaluation, and start the clock anew after it."""
         self._logs.add({"step": step, "split": split, **scores})
-        by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
-        logging.info("step %d: %s top1 %.4f (after each denoising step: %s)", step, split, scores["top1"], by_step)
+        shown = shortened(scores["accuracy_by_step"])
+        by_step = ", ".join(f"{accuracy:.4f}" for _, accuracy in shown)
+        which = "each denoising step"
+        if len(shown) < len(scores["accuracy_by_step"]):
+            which = f"denoising steps {', '.join(str(place) for place, _ in shown)}"
+        logging.info("step %d: %s top1 %.4f (after %s: %s)", step, split, scores["top1"], which, by_step)
         self._since = None if self._since is None else (self._since[0], time.perf_counter())
 
     def _write_first(self, count: int) -> None:
