@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,11 +32,15 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """A page's text, and what it would load from elsewhere. A tag that is not closed in its turn is an error."""
+    """A page's text, and what it would load from elsewhere.
+
+    A tag that is not closed in its turn is an error, and so is a table that a narrow screen would cut.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
         self.open: list[str] = []
+        self.classes: list[str] = []  # of the open tags
         self.text, self.loaded, self.pictures = "", [], 0
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
@@ -41,6 +48,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         if tag not in VOID:
             self.open.append(tag)
+            self.classes.append(dict(attrs).get("class", ""))
+        assert tag != "table" or "scroll" in self.classes
         self.pictures += tag == "svg"
         self.look_at(attrs)
 
@@ -56,6 +65,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+        self.classes.pop()
 
     def handle_data(self, data):
         self.text += data
@@ -176,6 +186,39 @@ def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
     assert page.loaded == [] and page.pictures == 3
     printed = capsys.readouterr().out
     assert all(text in printed and text in page.text for text in ("75.0 %", "60.0 ± 14.1 %", "0.400"))
+
+
+FIELDS = {
+    "num_blocks": 3,
+    "num_epochs": 33,
+    "lr": 1e-4,
+    "weighting": "per_sample",
+    "scheduler_type": "cosine_with_min_lr",
+}
+
+
+def test_what_tells_runs_apart_comes_first(tmp_path):
+    """However many fields it is: setting and accuracy are the first columns of the one table of settings."""
+    runs = [finished(tmp_path / "a", 0.5), finished(tmp_path / "b", 0.75, **FIELDS)]
+    compare(runs, tmp_path)
+    heads = re.findall("<th[^>]*>(.*?)</th>", (tmp_path / "compare.html").read_text().split("</table>")[0])
+    assert heads[:3] == ["#", "setting", "accuracy"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_a_telephone_shows_what_decides(tmp_path):
+    """At 420 pixels the page is no wider than the screen, and the accuracy lies on it."""
+    runs = [finished(tmp_path / "a", 0.5), finished(tmp_path / ("b" * 60), 0.75, **FIELDS)]
+    compare(runs, tmp_path)
+    measure = "parent.document.title = [innerWidth, document.documentElement.scrollWidth, ...Array.from("
+    measure += "document.querySelectorAll('tr > :nth-child(3)'), e => Math.ceil(e.getBoundingClientRect().right))]"
+    page = (tmp_path / "compare.html").read_text().replace("</body>", f"<script>{measure}</script></body>")
+    frame = tmp_path / "telephone.html"  # for a browser's own window has a least width
+    frame.write_text(f'<iframe style="width: 420px; height: 900px; border: 0" srcdoc="{escape(page)}"></iframe>')
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    shown = subprocess.run([*browser, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True).stdout
+    screen, *edges = map(int, re.findall(r"<title>([\d,]+)</title>", shown)[0].split(","))
+    assert screen == 420 and len(edges) == 7 and max(edges) <= screen
 
 
 def test_runs_of_other_images_are_another_table(tmp_path, capsys):
