@@ -1,17 +1,24 @@
 """Train, evaluate, and more: python launch.py --config=configs/dblock_digits.py [--config.FIELD=VALUE] [--mode=eval]
 
 Exit codes: 0 done; 1 a mistake in config, data or workdir (one line says which); 2 a mistake in the flags; 3 something
-could not be saved; 4 the numbers were not finite for too many steps; 75 stopped by a signal with everything saved (the
-same command goes on from there); 130 or 143 after a second signal.
+could not be saved; 4 the numbers were not finite, for too many steps or as the trained model's answers; 75 stopped by a
+signal with everything saved (the same command goes on from there); 130 or 143 after a second signal.
 """
 
 import os
 import signal
 
+
+def _end_at_once(number: int, _: object) -> None:
+    os.write(2, f"launch.py: {signal.Signals(number).name}: ending at once: nothing has begun\n".encode())
+    os._exit(75)
+
+
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT):  # until `dblocks_jax.run.stop` listens there is nothing to be saved
-        signal.signal(number, lambda *_: os._exit(75))
+        signal.signal(number, _end_at_once)
 
+import math
 import sys
 import traceback
 from itertools import pairwise
@@ -62,17 +69,28 @@ MODES_OF = {
 }
 NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
 
+KINDS = {  # how the reason begins why a flag does not parse -> what it must be
+    "('Non-boolean": "True or False",
+    "invalid literal for int()": "a whole number",
+    "could not convert string to float": "a number",
+}
+
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse, with a mistake answered by one line and exit code 2. What is left are names for --runs or --images."""
     for path in _config_paths(argv):
         if not Path(path).is_file():
             sys.exit(_complain(f"there is no config file {path}", code=2))
+    for name in (arg.split("=")[0] for arg in argv if arg.lstrip("-").startswith("config.")):
+        if name.count(".") > 1:
+            sys.exit(_complain(f"unknown config field {name.split('.', 1)[1]}: fields have no parts", code=2))
     try:
         rest = flags.FLAGS(argv)
         config = CONFIG.value
     except (AttributeError, KeyError) as error:  # an override of a field that does not exist
         sys.exit(_complain(f"unknown config field {_innermost(error)}", code=2))
+    except flags.IllegalFlagValueError as error:
+        sys.exit(_complain(_in_plain_words(_innermost(error)), code=2))
     except Exception as error:  # whatever a config file raises, besides flags that do not parse
         sys.exit(_complain(_innermost(error), code=2))
     if mistake := _mistake(config, rest[1:]):
@@ -88,6 +106,8 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
             return f"--{flag} is for --mode={' or '.join(modes)}, not for {mode}"
     if mode in NEEDED and not any(flags.FLAGS[NEEDED[mode]].value or ""):
         return f"--mode={mode} needs --{NEEDED[mode]}"
+    if GIB.value is not None and not 0 < GIB.value < math.inf:
+        return f"--gib must be a finite number greater than 0, not {GIB.value}"
     if rest and mode not in ("compare", "predict"):
         return f"unexpected argument {rest[0]!r}: flags start with --"
     if config is None:  # comparing reads those of the runs
@@ -108,6 +128,16 @@ def _config_paths(argv: list[str]) -> list[str]:
     named = [arg.split("=", 1)[1] for arg in argv if arg.startswith(("--config=", "-config="))]
     named += [after for arg, after in pairwise(argv) if arg in ("--config", "-config")]
     return [path.split(":")[0] for path in named]
+
+
+def _in_plain_words(message: str) -> str:
+    """What absl and Python say of a value that does not parse, as a user would say it."""
+    start, _, why = message.partition(": ")
+    name, _, value = start.removeprefix("flag ").partition("=")
+    for sign, kind in KINDS.items():
+        if why.startswith(sign):
+            return f"{name} must be {kind}, not {value!r}"
+    return message
 
 
 def _innermost(error: Exception) -> str:
@@ -132,6 +162,7 @@ def main(argv: list[str]) -> None:
 
     from dblocks_jax.run import processes
     from dblocks_jax.run.devices import naming_lack_of_memory
+    from dblocks_jax.run.files import naming_lack_of_room, obstacle
     from dblocks_jax.run.stop import Stop
     from dblocks_jax.run.workdir import finish
 
@@ -141,9 +172,11 @@ def main(argv: list[str]) -> None:
             processes.join()
             logging.set_verbosity(logging.INFO if processes.is_first() else logging.WARNING)
         stop.listen()
-        with naming_lack_of_memory():
+        if why := obstacle(workdir):
+            raise UserError(f"--workdir={workdir} cannot be a run's folder: {why}")
+        with naming_lack_of_memory(), naming_lack_of_room():
             result = run_mode(config, workdir, overrides, argv[1:], stop)
-        finish(workdir, result)
+            finish(workdir, result)
     except (UserError, Unsaved, Diverged, Stopped) as end:
         processes.end_all(f"launch.py: {end}", end.exit_code)
         sys.exit(_complain(end, end.exit_code))

@@ -1,23 +1,37 @@
 """Checkpoints that are damaged and disks that fail: what is wrong is said, and nothing sound is lost."""
 
+import errno
 import json
+import os
 import random
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 from runs import command, finish, logged, result_of, saved_steps, wait_until
 from saved import state_of
 
 from configs import dblock_digits
+from dblocks_jax.modes.export import export_run
+from dblocks_jax.modes.predict import predict
+from dblocks_jax.modes.report import report
 from dblocks_jax.modes.train import train
+from dblocks_jax.pages.template import write_page
+from dblocks_jax.run import files
+from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import Unsaved, UserError
 from dblocks_jax.run.workdir import Journal
 from dblocks_jax.training import loop as trainer
 from dblocks_jax.training.optimizer import Part, new_part
@@ -144,6 +158,37 @@ def test_1000_flipped_bits(two, tmp_path, capsys):
     fallen_back = flips(two, tmp_path, 1000, seed)
     with capsys.disabled():
         print(f"\nflipped bits: 1000, of which {fallen_back} noticed and the others without effect (seed {seed})")
+
+
+def put_another_array(workdir: Path, item: str) -> None:
+    """One array of step 2 is written anew, by Orbax, with other values: nothing below our checksums can tell."""
+    folder = (workdir / "state" / "2" / item).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder)
+        leaves, structure = jax.tree.flatten(tree)
+        largest = int(np.argmax([np.size(leaf) for leaf in leaves]))
+        leaves[largest] = leaves[largest].at[0, 0].add(1.0)
+        checkpointer.save(folder, jax.tree.unflatten(structure, leaves), force=True)
+
+
+def exchange(workdir: Path, item: str) -> None:
+    """All of an item is that of step 1, whose arrays have the same names, shapes and types."""
+    shutil.rmtree(workdir / "state" / "2" / item)
+    shutil.copytree(workdir / "state" / "1" / item, workdir / "state" / "2" / item)
+
+
+@pytest.mark.parametrize("item", ["params", "adam"])
+@pytest.mark.parametrize("replace", [put_another_array, exchange])
+def test_a_sound_array_in_the_place_of_another_is_noticed(two, tmp_path, caplog, item, replace):
+    """No file is damaged: by TensorStore's checks all is well."""
+    workdir = copy(two, tmp_path / "run")
+    before = state_of(workdir, 2)
+    replace(workdir, item)
+    after = state_of(workdir, 2)  # Orbax reads it without complaint
+    assert {path: value.shape for path, value in after.items()} == {path: value.shape for path, value in before.items()}
+    assert any(not np.array_equal(after[path], before[path]) for path in before)
+    assert_is_sound(resume(workdir), (1,))
+    assert any(re.search(f"{item} of .* are not what was saved", record.message) for record in caplog.records)
 
 
 def empty(workdir: Path) -> None:
@@ -282,6 +327,25 @@ def test_a_folder_that_cannot_be_written_does_not_end_training(tmp_path, monkeyp
     assert result["cross_entropy"] == expected["cross_entropy"]
 
 
+def test_a_run_of_which_no_checkpoint_could_be_saved_names_none(tmp_path, monkeypatch, capsys):
+    """The result says what is missing, and why; nobody looks in vain for the step that it names."""
+    workdir = tmp_path / "run"
+
+    def lose() -> None:
+        (workdir / "state").rmdir()
+        (workdir / "state").symlink_to("/proc/self/net")
+
+    with monkeypatch.context() as patch:
+        spoil_during(patch, 0, lose)
+        result = run(tiny(steps_per_call=1, num_epochs=1), workdir)
+    assert result["step"] == 4 and result["checkpoint"] is None
+    assert result["unsaved"][-1].startswith("step 4: ") and len(result["unsaved"][-1]) > len("step 4: ")
+    with pytest.raises(Unsaved, match=r"not everything could be saved in .*run: step 2: .*; step 4: "):
+        run_folder.finish(workdir, result)
+    for text in (capsys.readouterr().out, (workdir / "train.json").read_text()):
+        assert json.loads(text)["checkpoint"] is None
+
+
 def test_after_a_save_that_failed_the_older_ones_are_there_and_can_be_read(tmp_path):
     """The one before and the best of all stay, although the failed one would have taken a place."""
     state, aside = tmp_path / "state", tmp_path / "aside"
@@ -386,3 +450,100 @@ def test_a_line_of_which_only_a_part_fits_leaves_the_file_as_it_was(tmp_path):
     done = finish(sys.executable, "-c", append)
     assert done.returncode == 1 and "OSError" in done.stderr
     assert path.read_text() == '{"step": 1}\n'
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """The system refuses longer files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run with a page, predictions and an export of earlier on."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run_folder.finish(workdir, run(tiny(num_epochs=1), workdir))
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(workdir / "a.png")
+    for name in ("report.html", "predictions.json"):
+        (workdir / name).write_text("of earlier on")
+    (workdir / "export").mkdir()
+    (workdir / "export" / "of earlier on").touch()
+    return workdir
+
+
+def predict_one(config, workdir: Path, **more) -> dict:
+    return predict(config, workdir, [str(workdir / "a.png")], **more)
+
+
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+@pytest.mark.parametrize(
+    ("mode", "written"),
+    [(predict_one, "predictions.json"), (report, "report.html"), (export_run, "export")],
+    ids=["predict", "report", "export"],
+)
+def test_a_mode_that_finds_no_room_says_so_and_leaves_what_was_there(finished, mode, written, capsys):
+    def there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+    before = there()
+    with files_of_at_most(500), pytest.raises(Unsaved) as error:
+        mode(tiny(num_epochs=1), finished, overrides={}, checkpoint="last")
+    assert str(error.value) == f"cannot write {finished / written}: File too large"
+    assert Unsaved.exit_code == 3
+    assert there() == before  # no half file under another name either
+    assert ("step by step" in capsys.readouterr().out) == (mode is predict_one)  # its answers are shown all the same
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_whole(path, "caf\udce9")
+    assert path.read_bytes() == b"caf?"
+    with files_of_at_most(100), pytest.raises(OSError, match="File too large"):
+        files.write_whole(path, "x" * 200)
+    assert path.read_bytes() == b"caf?" and list(tmp_path.iterdir()) == [path]
+    files.write_whole(path, b"x" * 200)
+    assert path.read_bytes() == b"x" * 200 and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_result_line_on_a_full_disk(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(Unsaved, match="the line of the result: No space left on device"):
+            run_folder.finish(tmp_path, {"mode": "memory"})
+    assert json.loads((tmp_path / "memory.json").read_text()) == {"mode": "memory"}
+
+
+def test_no_room_for_what_a_library_writes_is_one_line():
+    with (
+        pytest.raises(Unsaved, match=r"^cannot write /somewhere: No space left on device$"),
+        files.naming_lack_of_room(),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
+    with pytest.raises(FileNotFoundError), files.naming_lack_of_room():
+        Path("/nowhere").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda place: place.symlink_to("gone"), "{place} is a link to gone, which is not there"),
+        (lambda place: place.touch(), "{place} is a file, not a folder"),
+    ],
+    ids=["dangling link", "file"],
+)
+@pytest.mark.parametrize("below", ["", "run"])
+def test_what_lies_in_the_place_of_a_folder_is_named(tmp_path, make, why, below):
+    place = tmp_path / "place"
+    make(place)
+    with pytest.raises(UserError) as error, run_folder.claim(place / below):
+        pytest.fail("it was claimed")
+    assert why.format(place=place) in str(error.value) and "File exists" not in str(error.value)
+    with pytest.raises(Unsaved) as error:
+        write_page(place / below / "compare.html", {"tables": [], "charts": {}})
+    assert why.format(place=place) in str(error.value)

@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from runs import command, finish, logged, saved_steps
 
 from configs import dblock_digits
 from dblocks_jax.data.feed import Resident, Streamed
 from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.modes.compare import compare
+from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.export import export_run
+from dblocks_jax.modes.predict import predict
+from dblocks_jax.modes.report import report
 from dblocks_jax.modes.train import train
+from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.devices import BLOCK, make_mesh
 from dblocks_jax.run.errors import Diverged
+from dblocks_jax.tasks.classify.scores import metrics
 from dblocks_jax.tasks.task import Losses
 from dblocks_jax.training.health import Health
 from dblocks_jax.training.optimizer import new_part
@@ -196,3 +204,73 @@ def test_a_sound_run_counts_nothing(tmp_path):
     config.update(max_steps=2, eval_batch_size=360)
     result = train(config, tmp_path, command=[], overrides={})
     assert "steps_skipped" not in result and not any("skipped" in line for line in logged(tmp_path))
+
+
+# A model whose answers are not finite, although no step was bad, or too few in a row.
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """(config, folder, result) of a run whose rate is absurd."""
+    config = dblock_digits.get_config()
+    config.update(num_layers=2, num_blocks=2, hidden_size=12, num_heads=2, intermediate_size=16, batch_size=700)
+    config.update(lr=1e25, max_steps=8, num_warmup_steps=0, eval_batch_size=360)
+    workdir = tmp_path_factory.mktemp("diverged")
+    return config, workdir, train(config, workdir, command=[], overrides={})
+
+
+def test_a_run_whose_answers_are_not_finite_says_so_at_its_end(diverged, capsys):
+    config, workdir, result = diverged
+    assert result["diverged"] is True and result["top1"] == 0.0 and np.isnan(result["cross_entropy"])
+    with pytest.raises(Diverged, match=f"{workdir}: the model's answers are not finite numbers: its training diverged"):
+        run_folder.finish(workdir, result)
+    assert Diverged.exit_code == 4
+    for text in (capsys.readouterr().out, (workdir / "train.json").read_text()):
+        assert json.loads(text)["diverged"] is True and json.loads(text)["cross_entropy"] is None
+    scored = evaluate_run(config, workdir, overrides={}, checkpoint="last")
+    with pytest.raises(Diverged):
+        run_folder.finish(workdir, scored)
+    assert json.loads((workdir / "eval.json").read_text())["diverged"] is True
+
+
+def test_the_other_modes_refuse_such_a_model_and_leave_nothing(diverged, tmp_path):
+    config, workdir, _ = diverged
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    for mode in (report, export_run, lambda *args, **more: predict(*args, [str(tmp_path / "a.png")], **more)):
+        with pytest.raises(Diverged, match=r"^\S*: the model's answers are not finite numbers.*--checkpoint"):
+            mode(config, workdir, overrides={}, checkpoint="last")
+    assert not {path.name for path in workdir.iterdir()} & {"report.html", "export", ".export", "predictions.json"}
+
+
+def test_comparison_lists_it_and_ranks_the_others(diverged, tmp_path):
+    _, workdir, result = diverged
+    run_folder.write_json(workdir / "train.json", result)
+    (tmp_path / "sound").mkdir()
+    for name in ("config.json", "data.json"):
+        (tmp_path / "sound" / name).write_bytes((workdir / name).read_bytes())
+    sound = {key: value for key, value in result.items() if key != "diverged"} | {"top1": 0.5, "cross_entropy": 1.0}
+    run_folder.write_json(tmp_path / "sound" / "train.json", sound)
+    [group] = compare([workdir, tmp_path / "sound"], tmp_path)["groups"]
+    assert group["runs"] == [str(tmp_path / "sound")] and group["diverged"] == [str(workdir)]
+    assert group["top1_mean"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_an_answer_that_is_not_finite_is_a_wrong_one(bad):
+    """Although its label, the first of equal ones, may be the right one by accident."""
+    logits = np.array([[2.0, 0.0], [0.0, 3.0], [bad, 0.0], [0.0, 1.0]], np.float32)
+    found = metrics(np.array([[0, 1, 0, 0], [0, 1, 0, 1]]), logits, np.array([0, 1, 0, 1]))
+    assert found["diverged"] is True and found["top1"] == found["top5"] == 0.75
+    assert found["accuracy_by_step"] == [0.75, 0.75] and np.isnan(found["cross_entropy"])
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 1) / 2)
+    sound = metrics(np.array([[0, 1]]), logits[:2], np.array([0, 1]))
+    assert "diverged" not in sound and sound["cross_entropy"] > 0
+
+
+def test_a_checkpoint_without_answers_is_never_the_best(tmp_path):
+    """All wrong, whatever class its numbers fall on: any other checkpoint scores as much at least."""
+    logits = np.full((4, 2), np.nan, np.float32)
+    found = metrics(np.zeros((1, 4), int), logits, np.zeros(4, int))
+    line = {"step": 4, "split": "val", **found, "cross_entropy": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert run_folder.scores(tmp_path, "val") == {4: 0.0}

@@ -118,15 +118,18 @@ def test_a_signal_during_compilation_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("is_safe", "signals", "code"),
+    ("is_safe", "signals", "code", "told"),
     [
-        ("True", [signal.SIGTERM], 75),
-        ("False", [signal.SIGTERM, signal.SIGINT], 130),
-        ("False", [signal.SIGINT, signal.SIGTERM], 143),
+        ("True", [signal.SIGTERM], 75, "SIGTERM: ending at once: no step is lost by it"),
+        ("False", [signal.SIGTERM, signal.SIGINT], 130, "SIGTERM: stopping when the step is saved; once more to end"),
+        ("False", [signal.SIGINT, signal.SIGTERM], 143, "SIGINT: stopping when the step is saved; once more to end"),
     ],
 )
-def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, code):
-    """At once where nothing can be lost, else at the second one. Python's own handlers would wait for the C call."""
+def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, code, told):
+    """At once where nothing can be lost, else at the second one. Python's own handlers would wait for the C call.
+
+    What is said is what is done.
+    """
     busy = (
         "import hashlib; from dblocks_jax.run.stop import Stop\n"
         f"stop = Stop(); stop.is_safe = lambda: {is_safe}; stop.listen()\n"
@@ -140,9 +143,29 @@ def test_signals_are_answered_while_the_main_thread_is_busy(is_safe, signals, co
             assert process.poll() is None
         asked = time.monotonic()
         process.send_signal(signals[-1])
-        process.wait(timeout=30)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert time.monotonic() - asked < 2
+    assert errors.startswith(f"launch.py: {told}") and len(errors.splitlines()) == 1
+
+
+def test_a_signal_during_the_imports_says_what_it_does(tmp_path):
+    """They take seconds. A config file that sends the signal is read in the midst of them."""
+    config = tmp_path / "config.py"
+    config.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    done = finish(sys.executable, "launch.py", f"--config={config}")
+    assert done.returncode == 75 and not done.stdout
+    assert done.stderr == "launch.py: SIGTERM: ending at once: nothing has begun\n"
+
+
+def test_a_signal_in_a_mode_that_saves_no_steps_says_what_it_does():
+    """Such a mode leaves `is_safe` as it is."""
+    send = (
+        "import os, signal, time; from dblocks_jax.run.stop import Stop\n"
+        "Stop().listen(); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    done = finish(sys.executable, "-c", send)
+    assert (done.returncode, done.stderr) == (75, "launch.py: SIGINT: ending at once: no step is lost by it\n")
 
 
 def test_a_signal_is_answered_where_nobody_reads_what_is_said():

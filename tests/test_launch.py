@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
+
+from dblocks_jax.run.logs import Logs
+from dblocks_jax.run.workdir import finish
+from dblocks_jax.training.display import Display
+from dblocks_jax.training.health import Health
+from dblocks_jax.training.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -104,7 +111,11 @@ def test_eight_devices_train_as_one(trained, tmp_path):
         ([], 2, "--config is missing"),
         (["--config=configs/none.py"], 2, "there is no config file configs/none.py"),
         (["--config=configs/vit_digits.py", "--config.num_bloks=2"], 2, 'Did you mean "num_blocks"'),
-        (["--config=configs/vit_digits.py", "--config.num_blocks=1.5"], 2, "invalid literal for int()"),
+        (
+            ["--config=configs/vit_digits.py", "--config.num_blocks=1.5"],
+            2,
+            "--config.num_blocks must be a whole number",
+        ),
         (["--config=configs/vit_digits.py", "--mode=fly"], 2, "value should be one of <train|eval|predict"),
         (["--config=configs/vit_digits.py", "train"], 2, "unexpected argument 'train'"),
         (["--config=configs/vit_digits.py", "--checkpoint=last"], 2, "--checkpoint is for --mode=eval or predict or"),
@@ -119,3 +130,71 @@ def test_mistakes_are_one_line_and_an_exit_code(tmp_path, args, code, message):
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by which ml_collections reads a config
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.flip=maybe"], "--config.flip must be True or False, not 'maybe'"),
+        (["--distributed=2"], "--distributed must be True or False, not '2'"),
+        (["--config.num_blocks=1.5"], "--config.num_blocks must be a whole number, not '1.5'"),
+        (["--config.lr="], "--config.lr must be a number, not ''"),
+        (["--config.lr.high=1"], "unknown config field lr.high: fields have no parts"),
+        (["--mode=memory", "--gib=much"], "--gib must be a number, not 'much'"),
+        (["--mode=memory", "--gib=nan"], "--gib must be a finite number greater than 0, not nan"),
+        (["--mode=memory", "--gib=inf"], "--gib must be a finite number greater than 0, not inf"),
+        (["--mode=memory", "--gib=-1"], "--gib must be a finite number greater than 0, not -1.0"),
+        (["--mode=memory", "--gib=0"], "--gib must be a finite number greater than 0, not 0.0"),
+    ],
+)
+def test_values_that_do_not_parse_are_named_in_plain_words(capsys, monkeypatch, args, message):
+    """In this process, with flags of its own."""
+    import launch as launcher
+
+    argv = ["launch.py", "--config=configs/vit_digits.py", *args]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for the fields that are set
+    monkeypatch.chdir(ROOT)
+    saved = flagsaver.save_flag_values()
+    try:
+        with pytest.raises(SystemExit) as end:
+            launcher.parse_flags(argv)
+    finally:
+        flagsaver.restore_flag_values(saved)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"launch.py: {message}\n"
+
+
+def test_a_workdir_that_leads_nowhere_is_named_in_every_mode(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    done = launch(*TINY, f"--workdir={tmp_path / 'run'}", "--mode=eval")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert f"{tmp_path / 'run'} is a link to {tmp_path / 'gone'}, which is not there" in done.stderr
+
+
+def test_long_lists_are_shown_by_three_of_their_numbers(tmp_path, capsys):
+    """And kept whole."""
+    result = {"mode": "eval", "accuracy_by_step": [i / 1000 for i in range(1, 1001)], "few": [1, 2, 3]}
+    finish(tmp_path, result)
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == result | {"accuracy_by_step": {"1": 0.001, "500": 0.5, "1000": 1.0}}
+    assert len(shown) < 200 and json.loads((tmp_path / "eval.json").read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [
+        (2, "(after each denoising step: 0.5000, 1.0000)"),
+        (1000, "(after denoising steps 1, 500, 1000: 0.0010, 0.5000, 1.0000)"),
+    ],
+)
+def test_a_line_about_many_denoising_steps_is_short(tmp_path, caplog, count, told):
+    logs = Logs(tmp_path, start=0, wandb=False, config={})
+    display = Display(total_steps=1, start=0, sigmas={})
+    progress = Progress(logs, display, steps_per_epoch=1, log_every=1, images_per_step=1, health=Health(1, {}))
+    with caplog.at_level("INFO"):
+        progress.evaluated(7, "test", {"top1": 1.0, "accuracy_by_step": [i / count for i in range(1, count + 1)]})
+    logs.close()
+    assert caplog.messages == [f"step 7: test top1 1.0000 {told}"]
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["accuracy_by_step"]) == count

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from dblocks_jax.modes.load import (
 )
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.devices import on_cpu
+from dblocks_jax.run.errors import NOT_FINITE, Diverged
+from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown
-from dblocks_jax.run.workdir import read_saved, write_json, writing
+from dblocks_jax.run.results import read_result
+from dblocks_jax.run.workdir import read_saved, write_json
 from dblocks_jax.tasks.classify.config import SAMPLER_FIELDS
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
@@ -47,7 +50,9 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     called through `jax.export` alone.
 
     Raises:
-      UserError: there is no such run or checkpoint, or the folder cannot be written.
+      UserError: there is no such run or checkpoint.
+      Diverged: its answers are not finite.
+      Unsaved: the folder cannot be written; one that was there before still is.
     """
     # One program for all platforms: nothing may wait on the host.
     overrides = overrides | {"idle_blocks": "device"}
@@ -55,17 +60,16 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     folder, temporary, old = (workdir / name for name in (FOLDER, f".{FOLDER}", f".{FOLDER}_before"))
     # All of it on a CPU: a GPU rounds products to TF32, and so two programs of one model may differ there by more than
     # TOLERANCE. The weights lie on no device in particular, else the program would ask for as many as they were on.
-    with on_cpu(), writing(folder):
+    with on_cpu(), saving(folder), ExitStack() as at_the_end:
+        at_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)  # what failed would keep a full disk full
         on_host = jax.tree.map(jnp.asarray, jax.device_get(loaded.params))
         trained = Classifier(only(CLASSIFY, replace(loaded, params=on_host), workdir))
         for left_over in (temporary, old):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
         write_weights(trained, temporary)
-        (temporary / PROGRAM).write_bytes(to_program(trained))
-        (temporary / CARD).write_text(
-            model_card(trained, accuracy(workdir, trained.trained), run.get("imported")), encoding="utf-8"
-        )
+        write_whole(temporary / PROGRAM, to_program(trained))
+        write_whole(temporary / CARD, model_card(trained, accuracy(workdir, trained.trained), run.get("imported")))
         difference = largest_difference(trained, temporary)
         if folder.exists():
             folder.rename(old)  # whoever looks meanwhile sees no half-deleted one
@@ -87,7 +91,7 @@ def write_weights(trained: Trained | Classifier, folder: Path) -> None:
 
     # Not its `save_file`: that is readable for the owner alone, and raises an error of its own where a disk is full.
     arrays = parameter_names(jax.device_get(trained.params))
-    (folder / WEIGHTS).write_bytes(save(arrays, {"format": FOLDER_FORMAT}))
+    write_whole(folder / WEIGHTS, save(arrays, {"format": FOLDER_FORMAT}))
     about = {"format": FOLDER_FORMAT, "step": trained.step, "data": trained.card.to_dict()}
     config = trained.config.to_dict() | {"data_dir": ""}  # a path of this machine is nobody else's business
     write_json(folder / CONFIG, about | {"config": config})
@@ -121,6 +125,8 @@ def largest_difference(trained: Classifier, folder: Path) -> float:
     shape = (TRIED_IMAGES, *trained.card.image_shape)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = np.asarray(trained(images))
+    if not np.isfinite(expected).all():
+        raise Diverged(f"{folder.parent}: {NOT_FINITE}")
     program = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
     found = [np.asarray(program.call(images)), np.asarray(Classifier(load_exported(folder))(images))]
     difference = max(float(np.abs(logits - expected).max()) for logits in found)
@@ -134,7 +140,7 @@ def accuracy(workdir: Path, trained: Trained) -> float | None:
     fields = ARITHMETIC_FIELDS + (SAMPLER_FIELDS if trained.config.model_type == "dblock" else ())
     of_run = read_saved(workdir, CONFIG) or {}
     for name in ("train.json", "eval.json"):
-        result = read_saved(workdir, name) or {}
+        result = read_result(workdir, name) or {}
         used = of_run | result.get("arithmetic", {}) | result.get("sampler", {})
         is_alike = all(used.get(field, trained.config[field]) == trained.config[field] for field in fields)
         is_alike = is_alike and result.get("data_dir", of_run.get("data_dir")) == of_run.get("data_dir")

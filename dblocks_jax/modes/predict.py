@@ -17,7 +17,8 @@ from rich.text import Text
 
 from dblocks_jax.data.images import IMAGE_SUFFIXES, read_images, telling
 from dblocks_jax.modes.load import Classifier, load_run, only
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
+from dblocks_jax.run.files import saving
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.workdir import write_json
 from dblocks_jax.tasks.classify.classifier import sampler_plan
@@ -39,17 +40,22 @@ def predict(
 
     Raises:
       UserError: there is no such run or image, or it cannot be read.
+      Diverged: the model's answers are not finite.
+      Unsaved: the table is printed, but PREDICTIONS cannot be written.
     """
     paths = find_images(images)
     loaded, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     trained = Classifier(only(CLASSIFY, loaded, workdir))
     probabilities = classify_files(trained, paths)
+    if not np.isfinite(probabilities[-1]).all():
+        raise Diverged(f"{workdir}: {NOT_FINITE}")
     steps = describe_steps(trained.config)
     records = [
         describe(str(path), probabilities[:, i], trained.card.class_names, steps) for i, path in enumerate(paths)
     ]
-    write_json(workdir / PREDICTIONS, records)
     print_table(records)
+    with saving(workdir / PREDICTIONS):
+        write_json(workdir / PREDICTIONS, records)
     return {
         "mode": "predict",
         "workdir": str(workdir),

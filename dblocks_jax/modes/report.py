@@ -1,6 +1,5 @@
 """`--mode=report`: one page about a run, which explains itself to a stranger."""
 
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -22,7 +21,8 @@ from dblocks_jax.pages import charts
 from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.run.workdir import STARTS, logged
+from dblocks_jax.run.errors import NOT_FINITE, Diverged
+from dblocks_jax.run.workdir import STARTS, logged, read_lines
 from dblocks_jax.tasks.classify.classifier import sampler_plan
 from dblocks_jax.tasks.classify.config import num_inference_steps
 from dblocks_jax.tasks.classify.scores import answers, metrics
@@ -41,7 +41,9 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
     """Score a run on its test split, look at it from all sides, and write PAGE into its folder.
 
     Raises:
-      UserError: there is no such run or checkpoint, its data cannot be had, or the page cannot be written.
+      UserError: there is no such run or checkpoint, or its data cannot be had.
+      Diverged: its answers are not finite.
+      Unsaved: the page cannot be written.
     """
     mesh = make_mesh()
     loaded, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
@@ -53,6 +55,8 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
             trained.classify, trained.params, test, batch_size=config.eval_batch_size, mesh=mesh
         )  # fmt: skip
         found = metrics(believed, logits, test.labels)
+        if "diverged" in found:
+            raise Diverged(f"{workdir}: {NOT_FINITE}")
         by_count = accuracy_by_count(trained, test, mesh)
     steps = describe_steps(config)
     right, wrong = choose(believed[-1], logits, test.labels)
@@ -165,15 +169,10 @@ def examples(
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
-    """When and how the run was started; lines that cannot be read are left out."""
-    starts = []
-    path = workdir / STARTS
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            starts.append(json.loads(text))
-        except ValueError:
-            continue
-    return starts
+    """When and how the run was started; lines that are none of ours are left out."""
+    kinds = {"time": str, "command": list, "devices": list, "host": str, "python": str, "versions": dict}
+    starts = read_lines(workdir / STARTS)
+    return [start for start in starts if all(isinstance(start.get(name), kind) for name, kind in kinds.items())]
 
 
 def draw(

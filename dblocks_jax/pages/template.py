@@ -7,7 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown_lines
 
 
@@ -38,12 +38,10 @@ def write_page(path: Path, values: dict[str, Any]) -> Path:
     """Fill in the template that has the name of the page, and write it: `path`.
 
     Raises:
-      UserError: it cannot be written.
+      Unsaved: it cannot be written; a page that was there before still is.
     """
     text = render(path.name, values)
-    try:
+    with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        write_whole(path, text)
     return path

@@ -108,7 +108,7 @@ class Checkpoints:
         if not steps:
             raise UserError(f"{self._workdir} holds no checkpoint yet: train it first")
         found = {"best": [*self.best(), steps[-1]][0], "last": steps[-1]}.get(
-            which, int(which) if which.isdecimal() else None
+            which, int(which) if which.isdecimal() and len(which) < 20 else None
         )
         if found not in steps:
             raise UserError(f"{self._workdir} has no checkpoint {which!r}; choose best, last or one of {steps}")

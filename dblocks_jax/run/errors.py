@@ -4,6 +4,12 @@ import textwrap
 
 from dblocks_jax.run.naming import shown_lines
 
+# What the modes that ask a model for answers say of one that has none.
+NOT_FINITE = (
+    "the model's answers are not finite numbers: its training diverged. Choose an earlier --checkpoint, or train anew "
+    "with a lower lr"
+)
+
 
 class UserError(Exception):
     """A mistake in the command, config, data or workdir: the launcher prints it as one line and exits with code 1.
@@ -29,7 +35,7 @@ class Unsaved(Exception):
 
 
 class Diverged(Exception):
-    """Training stopped, for the numbers of one step after another were not finite."""
+    """The numbers of one training step after another, or the answers of the trained model, are not finite."""
 
     exit_code = 4
 

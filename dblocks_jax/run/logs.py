@@ -14,8 +14,9 @@ from typing import Any
 from absl import logging
 
 from dblocks_jax.run.errors import UserError, brief
+from dblocks_jax.run.files import Journal, write_whole
 from dblocks_jax.run.processes import is_first
-from dblocks_jax.run.workdir import METRICS, Journal
+from dblocks_jax.run.workdir import METRICS
 
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"  # a file with the name under which Weights & Biases knows the run
@@ -141,7 +142,7 @@ def _start_wandb(workdir: Path, config: dict[str, Any]) -> Any:
     path = workdir / WANDB_ID
     try:
         if not path.exists():
-            path.write_text(secrets.token_hex(4))
+            write_whole(path, secrets.token_hex(4))
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dblocks_jax"),
             id=path.read_text(),

@@ -16,6 +16,7 @@ from dblocks_jax.run import processes
 from dblocks_jax.run.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENDING = "ending at once: no step is lost by it"
 LOOK_SECONDS = 0.1  # how often the thread looks whether leaving has become safe
 LOOK_AROUND_SECONDS = 1.0  # how often it looks whether another process was asked to stop
 
@@ -83,15 +84,23 @@ class Stop:
         processes.announce_stop()
         self.ask()
         if name:
+            at_once = self._may_end()
+            what = ENDING if at_once else "stopping when the step is saved; once more to end at once"
             with suppress(OSError, ValueError):  # Ctrl-C may have ended whoever reads what we print
-                print(f"launch.py: {name}: stopping when the step is saved; once more to end at once", file=sys.stderr)
+                print(f"launch.py: {name}: {what}", file=sys.stderr, flush=True)
         while True:
-            if processes.are_several():
-                if self._checks == 0:  # nobody can have finished a step without this process
+            if self._may_end():
+                if processes.are_several():
                     processes.end_all("launch.py: stopped before the first step", Stopped.exit_code)
-            else:
-                with suppress(OSError):  # of a disk that cannot be asked
-                    if self.is_safe():
-                        os._exit(Stopped.exit_code)
+                os._exit(Stopped.exit_code)
             if select.select([signals], [], [], LOOK_SECONDS)[0]:
                 os._exit(128 + os.read(signals, 1)[0])
+
+    def _may_end(self) -> bool:
+        """Whether ending this instant loses nothing."""
+        if processes.are_several():
+            return self._checks == 0  # nobody can have finished a step without this process
+        try:
+            return self.is_safe()
+        except OSError:  # of a disk that cannot be asked
+            return False

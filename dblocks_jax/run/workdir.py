@@ -6,7 +6,6 @@ Of several processes that train together the first one writes; in the others eve
 import errno
 import fcntl
 import json
-import math
 import os
 import platform
 import subprocess
@@ -21,17 +20,19 @@ from typing import Any
 import jax
 from absl import logging
 
-from dblocks_jax.run.errors import Unsaved, UserError, brief
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, Unsaved, UserError, brief
+from dblocks_jax.run.files import Journal, finite, reason, write_json, write_whole
 from dblocks_jax.run.processes import is_first
 
 CONFIG, DATA, STARTS, METRICS = "config.json", "data.json", "starts.jsonl", "metrics.jsonl"
 LOCK = "in_use_by.json"
 SHARED_SECONDS = 30  # a network disk may take so long to show what another machine wrote
+SHOWN_WHOLE = 16  # numbers of a list that the line of a result shows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
-    """A JSON file of the run in `workdir` (CONFIG or DATA), or None where there is none.
+    """An object in a JSON file of the run in `workdir` (CONFIG, DATA, a result), or None where there is none.
 
     Raises:
       UserError: the file is there but cannot be read.
@@ -40,9 +41,14 @@ def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or use another --workdir") from None
+        value = json.loads(path.read_text()) if path.is_file() else None  # a named pipe would never end
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}, not an object")
+        if name == DATA and not (isinstance(value.get("class_names"), list) and isinstance(value.get("images"), int)):
+            raise ValueError("it lacks class_names or images")
+    except (OSError, ValueError, RecursionError) as error:  # the last one of a thousand brackets
+        raise UserError(f"{path} cannot be read ({brief(error)}); restore it, or use another --workdir") from None
+    return value
 
 
 @contextmanager
@@ -92,8 +98,8 @@ def writing(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or brief(error)
-        raise UserError(f"cannot write the run's folder {workdir}: {reason}; choose another --workdir") from error
+        why = reason(error, workdir)
+        raise UserError(f"cannot write the run's folder {workdir}: {why}; choose another --workdir") from error
 
 
 def open_run(
@@ -168,125 +174,77 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all. Numbers that are not finite become null, which JSON has."""
-    _write_whole(path, json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    if not is_first():
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # evaluations may run at the same time
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-class Journal:
-    """A file of JSON lines that grows. Lines that cannot be written are kept, and written when that works again."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._waiting: list[str] = []
-
-    def add(self, value: Any) -> None:
-        """Add one line, now or later. Numbers that are not finite become null."""
-        failed_before = bool(self._waiting)
-        try:
-            self.append(value)
-        except OSError as error:
-            if not failed_before:
-                logging.error("cannot write %s (%s): its lines wait in memory", self._path, error.strerror)
-
-    def append(self, value: Any) -> None:
-        """Add one line, after those that wait.
-
-        Raises:
-          OSError: it waits too.
-        """
-        if is_first():
-            self._waiting.append(json.dumps(_finite(value), allow_nan=False) + "\n")
-            self.flush()
-
-    def is_whole(self) -> bool:
-        """Whether all lines are written. From any thread."""
-        return not self._waiting
-
-    def flush(self) -> None:
-        """Write what waits.
-
-        Raises:
-          OSError: it still waits, and the file is as it was.
-        """
-        if not self._waiting:
-            return
-        with self._path.open("ab", buffering=0) as file:
-            size = file.tell()
-            lines = "".join(self._waiting).encode()
-            try:
-                written = file.write(lines)
-                if written < len(lines):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                file.truncate(size)
-                raise
-        self._waiting.clear()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def forget_metrics_after(workdir: Path, step: int) -> None:
     """Drop logged lines beyond `step`, which a resumed run logs anew, and what a crash cut short."""
     path = workdir / METRICS
     if path.exists():
         lines = [json.dumps(line) + "\n" for line in logged(workdir) if line["step"] <= step]
-        _write_whole(path, "".join(lines))
+        write_whole(path, "".join(lines))
 
 
 def logged(workdir: Path) -> list[dict[str, Any]]:
     """The whole lines of METRICS."""
-    path = workdir / METRICS
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = read_lines(workdir / METRICS)
+    return [line for line in lines if isinstance(line.get("step"), int) and 0 <= line["step"] < 2**31]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines. What a crash cut short, or a stranger made up, is left out."""
     lines = []
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def scores(workdir: Path, split: str, name: str) -> dict[int, float]:
     """Step -> a figure of a split, as far as it is on record."""
-    lines = [line for line in logged(workdir) if line.get("split") == split]
-    return {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
+    of_split = [line for line in logged(workdir) if line.get("split") == split]
+    return {line["step"]: float(line[name]) for line in of_split if isinstance(line.get(name), int | float)}
+
+
+def shortened(values: list[Any]) -> list[tuple[int, Any]]:
+    """(place, value) of a list's entries, from 1; of a long one the first, the middle and the last."""
+    places = range(1, len(values) + 1)
+    return [
+        (place, values[place - 1])
+        for place in (places if len(values) <= SHOWN_WHOLE else (1, len(values) // 2, len(values)))
+    ]
+
+
+def _to_show(value: Any) -> Any:
+    """A result for the eyes: of a long list of numbers, three by their places."""
+    if isinstance(value, dict):
+        return {key: _to_show(item) for key, item in value.items()}
+    if isinstance(value, list) and len(value) > SHOWN_WHOLE and all(isinstance(item, int | float) for item in value):
+        return {str(place): item for place, item in shortened(value)}
+    return value
 
 
 def finish(workdir: Path, result: dict[str, Any]) -> None:
-    """Print a mode's result as the last line of standard output, and keep it in the workdir.
+    """Print a mode's result as the last line of standard output, long lists cut, and keep all of it in the workdir.
 
     Raises:
+      Diverged: it says that the model's own answers are not finite.
       Unsaved: it cannot be kept, or something of the run could not be.
     """
     if not is_first():
         return
-    try:
-        print(json.dumps(_finite(result), allow_nan=False), flush=True)
-    except BrokenPipeError:  # nobody reads on, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     name = f"{result['mode']}.json"
     unsaved = list(result.get("unsaved", []))
+    try:
+        print(json.dumps(finite(_to_show(result)), allow_nan=False), flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # nobody reads on, as behind `| head`
+            unsaved.append(f"the line of the result: {error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / name, result)
     except OSError as error:
-        unsaved.append(f"{name}, which is the line above: {error.strerror}")
+        unsaved.append(f"{name}, which is the line above: {reason(error, workdir)}")
+    lost = f"not everything could be saved in {workdir}: {'; '.join(unsaved)}" if unsaved else ""
+    if result.get("diverged"):
+        raise Diverged("; ".join(filter(None, (f"{workdir}: {NOT_FINITE}", lost))))
     if unsaved:
-        raise Unsaved(f"not everything could be saved in {workdir}: {'; '.join(unsaved)}")
+        raise Unsaved(lost)

@@ -253,6 +253,8 @@ class Trainer:
             self.save()
             checkpoints.wait()
         lost = {step: why for step, why in checkpoints.failed.items() if not checkpoints.holds(step)}
+        if not checkpoints.holds(result["checkpoint"]):
+            result["checkpoint"] = None  # "unsaved" says why
         unsaved = [f"step {step}: {why}" for step, why in lost.items()] + self.logs.unsaved()
         return result | {"unsaved": unsaved} if unsaved else result
 

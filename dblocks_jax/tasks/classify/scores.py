@@ -56,15 +56,20 @@ def metrics(
     """Scores in [0, 1] and cross-entropy in nats, from each step's labels and the last step's logits.
 
     top1, top5 (of equal logits the lower label ranks first), macro_f1 (the mean over all classes), cross_entropy,
-    accuracy_by_step (its last entry is top1), num_images.
+    accuracy_by_step (its last entry is top1), num_images. An image whose logits are not all finite has no answer, and
+    so a wrong one: then there is "diverged" too, and cross_entropy is not a number.
     """
     from sklearn.metrics import f1_score
 
     num_classes = logits.shape[1]
+    is_sound = np.isfinite(logits).all(axis=1)
+    logits = np.where(is_sound[:, None], logits, 0.0)
+    believed = np.concatenate([believed[:-1], np.where(is_sound, believed[-1], -1)[None]])
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    return {
+    log_probs[~is_sound] = np.nan
+    top5 = np.where(is_sound[:, None], np.argsort(-logits, axis=1, kind="stable")[:, :5], -1)
+    found = {
         "num_images": len(labels),
         "top1": float(np.mean(believed[-1] == labels)),
         "top5": float(np.mean((top5 == labels[:, None]).any(axis=1))),
@@ -72,3 +77,4 @@ def metrics(
         "cross_entropy": float(-np.mean(log_probs[np.arange(len(labels)), labels])),
         "accuracy_by_step": [float(accuracy) for accuracy in np.mean(believed == labels, axis=1)],
     }
+    return found if is_sound.all() else found | {"diverged": True}

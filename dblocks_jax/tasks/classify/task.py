@@ -15,6 +15,7 @@ from dblocks_jax.data.augment import normalize
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.diffusion.gaussian import Gaussian
 from dblocks_jax.models.blueprint import Blueprint, Params
+from dblocks_jax.run.workdir import shortened
 from dblocks_jax.tasks.classify import config as fields
 from dblocks_jax.tasks.classify.classifier import Classifier, make_classifier
 from dblocks_jax.tasks.classify.objective import denoising_losses, drop_images, plain_losses
@@ -96,8 +97,13 @@ class Classify:
 
     def tell(self, scores: dict[str, Any]) -> str:
         """A line of the log."""
-        by_step = ", ".join(f"{accuracy:.4f}" for accuracy in scores["accuracy_by_step"])
-        return f"top1 {scores['top1']:.4f} (after each denoising step: {by_step})"
+        by_step = scores["accuracy_by_step"]
+        shown = shortened(by_step)
+        which = "each denoising step"
+        if len(shown) < len(by_step):
+            which = f"denoising steps {', '.join(str(place) for place, _ in shown)}"
+        found = ", ".join(f"{accuracy:.4f}" for _, accuracy in shown)
+        return f"top1 {scores['top1']:.4f} (after {which}: {found})"
 
 
 CLASSIFY = Entry(
