@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import classify
+from configs import classify, generate
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
 
@@ -56,7 +56,7 @@ RUNS = flags.DEFINE_multi_string("runs", [], "For compare: folders of runs, with
 IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders, with commas or spaces between.")
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
-DEFAULTS = {"classify": classify}  # task -> the config file with all of its fields
+DEFAULTS = {"classify": classify, "generate": generate}  # task -> the config file with all of its fields
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "report", "export"),

@@ -10,18 +10,24 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from dblocks_jax.training import config as checks  # noqa: E402
+from dblocks_jax.tasks import gaussian, images  # noqa: E402
+from dblocks_jax.tasks.classify import config as classify  # noqa: E402
+from dblocks_jax.tasks.table import TASKS  # noqa: E402
+from dblocks_jax.training import config as training  # noqa: E402
+
+CHECKS = (training, classify, gaussian, images)  # where fields are checked
 
 PAGE = ROOT / "docs" / "configuration.md"
 FIELD = re.compile(r"    config\.(\w+) = .*?(?:  # (.*))?$")
 SECTION = re.compile(r"    # (.*)\.$")
 HEAD = """# Configuration
 
-Every field can be set on the command line, as `--config.FIELD=VALUE`. Defaults are those of `configs/common.py`: the
-released program on CIFAR-100. The last column says what may differ from the saved run: when it goes on (*resume*:
-fields that no parameter depends on), or when it is scored, used or exported (*use*).
+Every field can be set on the command line, as `--config.FIELD=VALUE`. Fields that all tasks have stand in
+`configs/common.py`, those of a task in the file of its name, `configs/classify.py` and so on, with their defaults: for
+classification the released program on CIFAR-100. The last column says what may differ from the saved run: when it goes
+on (*resume*: fields that no parameter depends on), or when it is scored, used or exported (*use*).
 
-This page is made of the comments in `configs/common.py` and the checks in `dblocks_jax/training/config.py` by
+This page is made of the comments in those files and the checks in `dblocks_jax/training/config.py` and in the tasks by
 `uv run docs/make_configuration.py`; a test compares it.
 """
 
@@ -32,7 +38,7 @@ class Field(NamedTuple):
 
 
 def read_sections(source: str) -> dict[str, list[Field]]:
-    """Title -> fields of each section of configs/common.py, with the comment behind each field."""
+    """Title -> fields of each section of a config file, with the comment behind each field."""
     sections: dict[str, list[Field]] = {}
     for line in source.splitlines():
         if found := SECTION.match(line):
@@ -42,28 +48,35 @@ def read_sections(source: str) -> dict[str, list[Field]]:
     return sections
 
 
+def checked(name: str) -> dict[str, Any]:
+    """What the checks know: a name of ours -> all that they list under it."""
+    lists = [getattr(module, name) for module in CHECKS if hasattr(module, name)]
+    return {key: each[key] if isinstance(each, dict) else True for each in lists for key in each}
+
+
 def allowed(name: str, default: Any) -> str:
     """What a field may be, in words."""
-    if name in checks.CHOICES:
-        return ", ".join(f'`"{choice}"`' for choice in checks.CHOICES[name])
+    if name in checked("CHOICES"):
+        return ", ".join(f'`"{choice}"`' for choice in checked("CHOICES")[name])
     if isinstance(default, bool):
         return "`True`, `False`"
     bounds = []
-    if name in checks.POSITIVE:
+    if name in checked("POSITIVE"):
         bounds.append("> 0")
-    if name in checks.NOT_NEGATIVE:
+    if name in checked("NOT_NEGATIVE"):
         bounds.append(">= 0")
-    if name in checks.BELOW_ONE:
+    if name in checked("BELOW_ONE"):
         bounds.append("0 to below 1")
-    if name in checks.LARGEST:
-        bounds.append(f"at most {checks.LARGEST[name]:,}")
+    if name in checked("LARGEST"):
+        bounds.append(f"at most {checked('LARGEST')[name]:,}")
     return ", ".join(bounds)
 
 
 def changeable(name: str) -> str:
     """When a field may differ from the saved run's."""
-    when = ["resume"] if name in checks.FREE_TO_CHANGE else []
-    if name in (*checks.SAMPLER_FIELDS, *checks.ARITHMETIC_FIELDS, *checks.FREE_TO_CHANGE):
+    when = ["resume"] if name in training.FREE_TO_CHANGE else []
+    of_samplers = {field for entry in TASKS.values() for field in entry.sampler_fields}
+    if name in (*of_samplers, *training.ARITHMETIC_FIELDS, *training.FREE_TO_CHANGE):
         when.append("use")
     return ", ".join(when)
 
@@ -74,15 +87,20 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def defaults_of(task: str) -> dict[str, Any]:
+    """Every field of a task with its default."""
+    return importlib.import_module(f"configs.{task}").get_config().to_dict()
+
+
 def shipped() -> list[tuple[str, ...]]:
     """Each config file with its purpose and what it changes."""
-    defaults = common.get_config().to_dict()
     rows = []
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.stem == "common":
+        if path.stem in ("common", *TASKS):
             continue
         module = importlib.import_module(f"configs.{path.stem}")
         config = module.get_config().to_dict()
+        defaults = defaults_of(config["task"])
         changes = ", ".join(f"`{field}={value!r}`" for field, value in config.items() if value != defaults[field])
         rows.append((f"`configs/{path.name}`", (module.__doc__ or "").splitlines()[0], changes or "nothing"))
     return rows
@@ -90,14 +108,16 @@ def shipped() -> list[tuple[str, ...]]:
 
 def make() -> str:
     """The page."""
-    defaults = common.get_config().to_dict()
+    files = {"common": common.get_config().to_dict()} | {task: defaults_of(task) for task in TASKS}
     parts = [HEAD]
-    for title, fields in read_sections((ROOT / "configs" / "common.py").read_text()).items():
-        rows = [
-            (f"`{name}`", f"`{defaults[name]!r}`", meaning, allowed(name, defaults[name]), changeable(name))
-            for name, meaning in fields
-        ]
-        parts += [f"## {title}\n", table(("field", "default", "meaning", "allowed", "may change"), rows) + "\n"]
+    for name, defaults in files.items():
+        parts.append(f"## Fields of {'all tasks' if name == 'common' else f'the task `{name}`'}\n")
+        for title, fields in read_sections((ROOT / "configs" / f"{name}.py").read_text()).items():
+            rows = [
+                (f"`{field}`", f"`{defaults[field]!r}`", meaning, allowed(field, defaults[field]), changeable(field))
+                for field, meaning in fields
+            ]
+            parts += [f"### {title}\n", table(("field", "default", "meaning", "allowed", "may change"), rows) + "\n"]
     parts += ["## Configs that are there\n", table(("file", "what it is", "what it changes"), shipped()) + "\n"]
     return "\n".join(parts)
 

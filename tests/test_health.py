@@ -50,8 +50,8 @@ class Fragile:
     def batch_shapes(self, count):
         return None
 
-    def scores(self, blueprint, mesh):
-        return ()
+    def scorer(self, blueprint, mesh):
+        return lambda *_: {}
 
     def tell(self, scores):
         return ""

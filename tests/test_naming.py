@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from absl.testing import flagsaver
-from dblocks_jax.training.build import Blueprint
 
 import launch
 from configs import dblock_digits
 from dblocks_jax.data.datasets import Card
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.modes.export import model_card
 from dblocks_jax.modes.load import Trained
 from dblocks_jax.pages import charts

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Array, Float, Key
@@ -21,7 +22,9 @@ KARRAS_RHO = 7.0
 
 @dataclass(frozen=True)
 class Gaussian:
-    """sigma ~ p_noise, cut into `num_blocks` intervals of equal mass, block 0 the noisiest (paper, section 3).
+    """sigma ~ p_noise, cut into `num_blocks` intervals, block 0 the noisiest (paper, section 3).
+
+    They have equal mass, or, by the "log" partition that the paper compares with, equal widths in ln sigma.
 
     In training each interval is widened by `gamma` of its width in ln sigma. Training, evaluation and samplers ask this
     one object which block owns a level.
@@ -30,10 +33,13 @@ class Gaussian:
     noise: NoiseDistribution
     num_blocks: int
     gamma: float
+    partition: Literal["mass", "log"] = "mass"
 
     @cached_property
     def edges(self) -> np.ndarray:
         """float64 [num_blocks + 1], descending: block b owns [edges[b + 1], edges[b])."""
+        if self.partition == "log":
+            return np.geomspace(self.noise.sigma_max, self.noise.sigma_min, self.num_blocks + 1)
         return block_edges(self.noise, self.num_blocks)
 
     @cached_property

@@ -10,7 +10,6 @@ from dblocks_jax.modes.load import Trained, load_run
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
-from dblocks_jax.training.loop import judge
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -23,8 +22,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
-        scores = trained.task.scores(trained.blueprint, mesh)
-        found = judge(scores, trained.params, data, "test", at_end=True)
+        found = trained.task.scorer(trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
     return result | how_scored(trained)
 

@@ -19,7 +19,7 @@ def check_fields(
     positive: Iterable[str] = (),
     not_negative: Iterable[str] = (),
     below_one: Iterable[str] = (),
-    largest: Mapping[str, float] = {},
+    largest: Mapping[str, int] = {},
 ) -> None:
     """Refuse values outside their range.
 

@@ -1,6 +1,7 @@
 """What tasks with Gaussian noise have in common: the fields of their noise levels, and their meaning."""
 
 from itertools import pairwise
+from typing import Literal
 
 from ml_collections import ConfigDict
 
@@ -51,7 +52,7 @@ def check_noise(config: ConfigDict) -> None:
         )
 
 
-def gaussian(config: ConfigDict) -> Gaussian:
+def gaussian(config: ConfigDict, partition: Literal["mass", "log"] = "mass") -> Gaussian:
     """The noise of a config, shared out among its blocks."""
     noise = NoiseDistribution(config.p_mean, config.p_std, config.sigma_min, config.sigma_max)
-    return Gaussian(noise, config.num_blocks, config.gamma)
+    return Gaussian(noise, config.num_blocks, config.gamma, partition)

@@ -68,11 +68,8 @@ class Corruption(Protocol):
         ...
 
 
-class Score(NamedTuple):
-    """A way to judge a model on a split. `run(params, data, split, at_each_batch)` returns figures by name."""
-
-    run: Callable[[dict[str, Params], Data, str, Callable[[], None]], dict[str, Any]]
-    at_saves: bool  # while it trains too; else at the end, and by --mode=eval
+# (parameters by part, data, split, what is called at each batch and may end it) -> figures by name
+Scorer = Callable[[dict[str, Params], Data, str, Callable[[], None]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,8 @@ class Task(Protocol):
         """What one block's modules make of an example at these levels. `draws.level` is spent."""
         ...
 
-    def scores(self, blueprint: Blueprint, mesh: Mesh) -> tuple[Score, ...]:
-        """How a model is judged, the main score among the figures of what is due at saves."""
+    def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
+        """How a model is judged while it trains and at the end; the main score is among the figures."""
         ...
 
     def tell(self, scores: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from dblocks_jax.run.errors import Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.run.logs import Logs, check_wandb
 from dblocks_jax.run.processes import check_alike, first_process_first, is_first
 from dblocks_jax.run.stop import Stop
-from dblocks_jax.tasks.task import Entry, Score, Task
+from dblocks_jax.tasks.task import Entry, Task
 from dblocks_jax.training.begin import begin
 from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, schedule
 from dblocks_jax.training.display import Display
@@ -160,7 +160,7 @@ class Trainer:
         """Judge the model of a step: the scores that are due while it trains, or all of them at the end."""
         model = self.model_of(self.setting.stage_of(step))
         self.display.say_doing(f"scoring the {split} split")
-        found = judge(model.scores, params, self.setting.data, split, at_end=at_end, check=self.stop.check)
+        found = model.score(params, self.setting.data, split, self.stop.check)
         if at_end or step not in self.opened.on_record[split]:
             self.progress.evaluated(step, split, found, model.task.tell(found))
             self.opened.on_record[split].add(step)
@@ -257,23 +257,6 @@ class Trainer:
             result["checkpoint"] = None  # "unsaved" says why
         unsaved = [f"step {step}: {why}" for step, why in lost.items()] + self.logs.unsaved()
         return result | {"unsaved": unsaved} if unsaved else result
-
-
-def judge(
-    scores: Sequence[Score],
-    params: dict[str, Params],
-    data: Data,
-    split: str,
-    *,
-    at_end: bool,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The figures of a model on a split: those due at every checkpoint, or all. What `check` raises ends it."""
-    found: dict[str, Any] = {}
-    for score in scores:
-        if at_end or score.at_saves:
-            found |= score.run(params, data, split, check)
-    return found
 
 
 def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:

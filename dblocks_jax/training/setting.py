@@ -18,7 +18,7 @@ from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replica
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.run.streams import stream
-from dblocks_jax.tasks.task import Entry, Score, Task
+from dblocks_jax.tasks.task import Entry, Scorer, Task
 from dblocks_jax.training.config import (
     Length,
     check_resumable,
@@ -38,7 +38,7 @@ class Model:
     stage: Stage
     task: Task
     blueprint: Blueprint
-    scores: tuple[Score, ...]
+    score: Scorer
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Setting:
         """The model of a stage, without numbers."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
         blueprint = shapes_of(task)[0]
-        return Model(stage, task, blueprint, task.scores(blueprint, self.mesh))
+        return Model(stage, task, blueprint, task.scorer(blueprint, self.mesh))
 
     def fresh(self, stage: Stage) -> dict[str, Part]:
         """New parts of a stage, as far as they are trained here, placed where they wait."""

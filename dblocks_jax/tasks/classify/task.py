@@ -23,7 +23,7 @@ from dblocks_jax.tasks.classify.parts import new_model, to_modules
 from dblocks_jax.tasks.classify.scores import answers, metrics
 from dblocks_jax.tasks.gaussian import gaussian
 from dblocks_jax.tasks.images import augment_batch, card_without_images, check_card, find_dataset, image_batch
-from dblocks_jax.tasks.task import Draws, Entry, Losses, MainScore, Score
+from dblocks_jax.tasks.task import Draws, Entry, Losses, MainScore, Scorer
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Classify:
         """(parameters by part, images, positions) -> logits after each denoising step."""
         return make_classifier(self.config, blueprint, self.card)
 
-    def scores(self, blueprint: Blueprint, mesh: Mesh) -> tuple[Score, ...]:
+    def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
         """Accuracy and its kin, on every image of a split."""
         classify = self.classifier(blueprint)
 
@@ -93,7 +93,7 @@ class Classify:
             answered = answers(classify, params, source, batch_size=size, mesh=mesh, at_each_batch=at_each_batch)
             return metrics(*answered, source.labels)
 
-        return (Score(run, at_saves=True),)
+        return run
 
     def tell(self, scores: dict[str, Any]) -> str:
         """A line of the log."""
