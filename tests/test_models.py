@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
-from dblocks_jax.models.layers import Attention, Layer, sinusoidal_features
+from dblocks_jax.models.layers import Attention, ConditionedLayer, Layer, sinusoidal_features
 from dblocks_jax.models.primitives import affine, attend, dropout, gelu, normalize_features, once
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
@@ -45,11 +45,10 @@ def test_parameter_counts_of_the_cifar_models():
 @pytest.mark.parametrize("first_only", [False, True])
 def test_with_open_gates_a_fresh_layer_is_a_plain_one(key, first_only):
     """The same weights without modulation give the same tokens, at whatever noise level."""
-    layer = Layer(12, 3, 20, 0.0, conditioned=True, open_gates=True, dtype="float32", rngs=nnx.Rngs(0))
-    plain = nnx.clone(layer)
-    plain.modulation = None
+    layer = ConditionedLayer(12, 3, 20, 0.0, open_gates=True, dtype="float32", rngs=nnx.Rngs(0))
+    plain = Layer(12, 3, 20, 0.0, dtype="float32", rngs=nnx.Rngs(0))
     x, cond = jax.random.normal(key, (2, 5, 12)), jax.random.normal(key, (2, 2))
-    expected = plain(x, None, None, first_only)
+    expected = plain(x, None, first_only)
     assert not np.allclose(expected, x[:, : expected.shape[1]])
     np.testing.assert_allclose(layer(x, cond, None, first_only), expected, rtol=1e-5, atol=1e-6)
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
-from dblocks_jax.models.layers import Layer
+from dblocks_jax.models.layers import ConditionedLayer, Layer
 from dblocks_jax.models.primitives import LayerNorm, Linear
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.run.errors import UserError
@@ -123,7 +123,7 @@ def _entries(model: ViT | DBlockViT) -> Iterator[Entry]:
         yield from _layer(f"vit.encoder.layer.{index}", layer)
 
 
-def _layer(prefix: str, layer: Layer) -> Iterator[Entry]:
+def _layer(prefix: str, layer: Layer | ConditionedLayer) -> Iterator[Entry]:
     fused = layer.attention.query_key_value
     names = [f"{prefix}.attention.attention.{role}" for role in ("query", "key", "value")]
 
@@ -145,7 +145,7 @@ def _layer(prefix: str, layer: Layer) -> Iterator[Entry]:
     yield from _linear(f"{prefix}.output.dense", layer.mlp.output)
     yield from _norm(f"{prefix}.layernorm_before", layer.norm_attention)
     yield from _norm(f"{prefix}.layernorm_after", layer.norm_mlp)
-    if layer.modulation is not None:
+    if isinstance(layer, ConditionedLayer):
         yield from _linear(f"{prefix}.adaLN_modulation.linear", layer.modulation.linear)
 
 
