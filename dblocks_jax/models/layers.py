@@ -1,6 +1,6 @@
-"""The layers of both vision transformers. Every dropout takes an explicit key; no key means no dropout."""
+"""The layers of the vision transformers. Every dropout takes an explicit key; no key means no dropout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from dblocks_jax.models.primitives import (
     draw_kept,
     dropout,
     gelu,
+    init_weights,
     init_zeros,
     split_key,
 )
@@ -45,9 +46,11 @@ def sinusoidal_features(c_noise: Float[Array, " b"]) -> Float[Array, "b 256"]:
 class PatchEmbedding(nnx.Module):
     """Cut an image into square patches and project each: a strided convolution, written as one matrix product."""
 
-    def __init__(self, patch_size: int, channels: int, hidden_size: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, patch_size: int, channels: int, hidden_size: int, *, dtype: str, init=init_weights, rngs: nnx.Rngs
+    ):
         self.patch_size = patch_size
-        self.projection = Linear(patch_size * patch_size * channels, hidden_size, dtype=dtype, rngs=rngs)
+        self.projection = Linear(patch_size * patch_size * channels, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         b, h, w, c = images.shape
@@ -85,11 +88,20 @@ class Modulation(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with dropout on its probabilities."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout_rate: float, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout_rate: float,
+        *,
+        dtype: str,
+        init=init_weights,
+        rngs: nnx.Rngs,
+    ):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
-        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, rngs=rngs)
-        self.output = Linear(hidden_size, hidden_size, dtype=dtype, rngs=rngs)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, init=init, rngs=rngs)
+        self.output = Linear(hidden_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
@@ -108,16 +120,26 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Dense, exact GELU, dense."""
+    """Dense, activation (by default the exact GELU), dense."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
-        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Callable[[Array], Array] = gelu,
+        dtype: str,
+        init=init_weights,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, init=init, rngs=rngs)
+        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
         rows = x.reshape(-1, x.shape[-1])
-        return self.output(gelu(self.intermediate(rows))).reshape(x.shape)
+        return self.output(self.activation(self.intermediate(rows))).reshape(x.shape)
 
 
 class Layer(nnx.Module):
