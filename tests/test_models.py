@@ -7,8 +7,17 @@ import pytest
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import make_dblock_vit, normalize_rows, run_block
-from dblocks_jax.models.layers import Attention, Layer, sinusoidal_features
-from dblocks_jax.models.primitives import affine, attend, dropout, gelu, normalize_features, once
+from dblocks_jax.models.layers import Attention, ConditionedLayer, Layer, sinusoidal_features
+from dblocks_jax.models.primitives import (
+    affine,
+    attend,
+    dropout,
+    gelu,
+    gelu_tanh,
+    normalize_features,
+    once,
+    standardize,
+)
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
 TINY = Architecture(
@@ -45,11 +54,10 @@ def test_parameter_counts_of_the_cifar_models():
 @pytest.mark.parametrize("first_only", [False, True])
 def test_with_open_gates_a_fresh_layer_is_a_plain_one(key, first_only):
     """The same weights without modulation give the same tokens, at whatever noise level."""
-    layer = Layer(12, 3, 20, 0.0, conditioned=True, open_gates=True, dtype="float32", rngs=nnx.Rngs(0))
-    plain = nnx.clone(layer)
-    plain.modulation = None
+    layer = ConditionedLayer(12, 3, 20, 0.0, open_gates=True, dtype="float32", rngs=nnx.Rngs(0))
+    plain = Layer(12, 3, 20, 0.0, dtype="float32", rngs=nnx.Rngs(0))
     x, cond = jax.random.normal(key, (2, 5, 12)), jax.random.normal(key, (2, 2))
-    expected = plain(x, None, None, first_only)
+    expected = plain(x, None, first_only)
     assert not np.allclose(expected, x[:, : expected.shape[1]])
     np.testing.assert_allclose(layer(x, cond, None, first_only), expected, rtol=1e-5, atol=1e-6)
 
@@ -239,6 +247,23 @@ def test_layer_norm_and_its_own_backward_pass(offset, key):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_layer_norm_without_scale_and_bias(size, key):
+    """Against the formula and its derivative in float64, also for rows as small as the epsilon."""
+    x = size * jax.random.normal(key, (2, 5, 16))
+    with jax.enable_x64():
+
+        def formula(x):
+            centred = x - jnp.mean(x, -1, keepdims=True)
+            return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6)
+
+        exact = jnp.asarray(np.asarray(x), jnp.float64)
+        value, slope = formula(exact), jax.grad(lambda x: jnp.sum(formula(x) ** 3))(exact)
+    np.testing.assert_allclose(standardize(x), value, rtol=1e-5, atol=1e-5)
+    ours = jax.grad(lambda x: jnp.sum(standardize(x) ** 3))(x)
+    np.testing.assert_allclose(ours, slope, rtol=1e-5, atol=1e-5 * np.abs(slope).max())
+
+
 def test_what_comes_once_something_is_there_is_the_same(key):
     """And really waits for it: on a CPU a NaN, which is no number to wait for, is seen."""
     x, there = jax.random.normal(key, (2, 3, 4))
@@ -272,6 +297,17 @@ def test_gelu_and_its_derivative(key):
     np.testing.assert_allclose(gelu(x), exact * norm.cdf(exact), rtol=1e-6, atol=1e-6)
     slope = jax.vmap(jax.grad(gelu))(x)
     np.testing.assert_allclose(slope, norm.cdf(exact) + exact * norm.pdf(exact), rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_by_tanh_and_its_derivative():
+    """Against JAX's own, and its derivative as JAX finds it, in float64."""
+    x = jnp.concatenate([jnp.linspace(-6, 6, 49), jnp.array([-40.0, 40.0])])
+    with jax.enable_x64():
+        exact = jnp.asarray(np.asarray(x), jnp.float64)
+        value, slope = (jax.vmap(f)(exact) for f in (jax.nn.gelu, jax.grad(jax.nn.gelu)))
+    np.testing.assert_allclose(gelu_tanh(x), value, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu_tanh))(x), slope, rtol=1e-6, atol=1e-6)
+    assert not np.allclose(gelu_tanh(x), gelu(x), atol=1e-4)
 
 
 def test_attentions_own_backward_pass(key):

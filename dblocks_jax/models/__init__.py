@@ -1,1 +1,1 @@
-"""Flax NNX vision transformers, plain and noise-conditioned. They know nothing of diffusion."""
+"""Flax NNX transformers for images: plain, noise-conditioned, and DiT. They know nothing of diffusion."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from dblocks_jax.models.layers import Block, Modulation, NoiseEmbedding, PatchEmbedding, modulate
+from dblocks_jax.models.layers import Block, ConditionedLayer, Modulation, NoiseEmbedding, PatchEmbedding, modulate
 from dblocks_jax.models.primitives import LayerNorm, Linear, dropout, init_weights, init_zeros, split_key
-from dblocks_jax.models.vit import Architecture, make_block, pool_tokens
+from dblocks_jax.models.vit import Architecture, pool_tokens
 
 
 def normalize_rows(table: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -86,12 +86,29 @@ class IsolatedDBlockViT:
     blocks: list[Block]
 
 
+def make_block(arch: Architecture, num_layers: int, *, rngs: nnx.Rngs) -> Block:
+    """`num_layers` fresh layers of this architecture."""
+    layers = [
+        ConditionedLayer(
+            arch.hidden_size,
+            arch.num_heads,
+            arch.intermediate_size,
+            arch.dropout_rate,
+            open_gates=arch.open_gates,
+            dtype=arch.dtype,
+            rngs=rngs,
+        )
+        for _ in range(num_layers)
+    ]
+    return Block(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
+
+
 def make_dblock_vit(arch: Architecture, num_blocks: int, *, rngs: nnx.Rngs) -> DBlockViT:
     """A freshly initialised model; `num_layers` must be a multiple of `num_blocks`."""
     layers_per_block = arch.num_layers // num_blocks
     return DBlockViT(
         shared=Shared(arch, rngs=rngs),
-        blocks=[make_block(arch, layers_per_block, conditioned=True, rngs=rngs) for _ in range(num_blocks)],
+        blocks=[make_block(arch, layers_per_block, rngs=rngs) for _ in range(num_blocks)],
     )
 
 

@@ -1,4 +1,6 @@
-"""The layers of both vision transformers. Every dropout takes an explicit key; no key means no dropout."""
+"""The layers of the vision transformers. Every dropout takes an explicit key; no key means no dropout."""
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from dblocks_jax.models.primitives import (
     draw_kept,
     dropout,
     gelu,
+    init_weights,
     init_zeros,
     split_key,
 )
@@ -43,9 +46,11 @@ def sinusoidal_features(c_noise: Float[Array, " b"]) -> Float[Array, "b 256"]:
 class PatchEmbedding(nnx.Module):
     """Cut an image into square patches and project each: a strided convolution, written as one matrix product."""
 
-    def __init__(self, patch_size: int, channels: int, hidden_size: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, patch_size: int, channels: int, hidden_size: int, *, dtype: str, init=init_weights, rngs: nnx.Rngs
+    ):
         self.patch_size = patch_size
-        self.projection = Linear(patch_size * patch_size * channels, hidden_size, dtype=dtype, rngs=rngs)
+        self.projection = Linear(patch_size * patch_size * channels, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b t d"]:
         b, h, w, c = images.shape
@@ -83,11 +88,20 @@ class Modulation(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention with dropout on its probabilities."""
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout_rate: float, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout_rate: float,
+        *,
+        dtype: str,
+        init=init_weights,
+        rngs: nnx.Rngs,
+    ):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
-        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, rngs=rngs)
-        self.output = Linear(hidden_size, hidden_size, dtype=dtype, rngs=rngs)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, init=init, rngs=rngs)
+        self.output = Linear(hidden_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
@@ -106,20 +120,30 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Dense, exact GELU, dense."""
+    """Dense, activation (by default the exact GELU), dense."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
-        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: Callable[[Array], Array] = gelu,
+        dtype: str,
+        init=init_weights,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, init=init, rngs=rngs)
+        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
         rows = x.reshape(-1, x.shape[-1])
-        return self.output(gelu(self.intermediate(rows))).reshape(x.shape)
+        return self.output(self.activation(self.intermediate(rows))).reshape(x.shape)
 
 
 class Layer(nnx.Module):
-    """One pre-norm transformer layer; a conditioned one shifts, scales and gates both branches by the noise level."""
+    """One pre-norm transformer layer: attention, then an MLP, each added to what it reads."""
 
     def __init__(
         self,
@@ -128,7 +152,36 @@ class Layer(nnx.Module):
         intermediate_size: int,
         dropout_rate: float,
         *,
-        conditioned: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout_rate = dropout_rate
+        self.norm_attention = LayerNorm(hidden_size, dtype=dtype)
+        self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
+        self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
+        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
+    ) -> Float[Array, "b q d"]:
+        """All tokens after this layer; with `first_only` the first one alone, at a fraction of the work."""
+        key_probs, key_attention, key_mlp = split_key(key, 3)
+        kept = x[:, :1] if first_only else x
+        attended = self.attention(self.norm_attention(x), key_probs, first_only)
+        x = kept + dropout(attended, self.dropout_rate, key_attention)
+        return x + dropout(self.mlp(self.norm_mlp(x)), self.dropout_rate, key_mlp)
+
+
+class ConditionedLayer(nnx.Module):
+    """A layer whose two branches are shifted, scaled and gated by the noise level."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout_rate: float,
+        *,
         open_gates: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
@@ -138,26 +191,18 @@ class Layer(nnx.Module):
         self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
         self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
         self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
-        ones = GATES if open_gates else ()
-        self.modulation = Modulation(hidden_size, 6, rngs=rngs, ones=ones) if conditioned else None
+        self.modulation = Modulation(hidden_size, 6, rngs=rngs, ones=GATES if open_gates else ())
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        cond: Float[Array, "b k"] | None,
+        cond: Float[Array, "b k"],
         key: Key[Array, ""] | None,
         first_only: bool = False,
     ) -> Float[Array, "b q d"]:
         """All tokens after this layer; with `first_only` the first one alone, at a fraction of the work."""
         key_probs, key_attention, key_mlp = split_key(key, 3)
         kept = x[:, :1] if first_only else x
-
-        if self.modulation is None:
-            attended = self.attention(self.norm_attention(x), key_probs, first_only)
-            x = kept + dropout(attended, self.dropout_rate, key_attention)
-            return x + dropout(self.mlp(self.norm_mlp(x)), self.dropout_rate, key_mlp)
-
-        assert cond is not None
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
         attended = self.attention(modulate(self.norm_attention(x), shift_a, scale_a), key_probs, first_only)
         gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
@@ -166,28 +211,52 @@ class Layer(nnx.Module):
         return x + gate_m * dropout(mixed, self.dropout_rate, key_mlp)
 
 
-class Block(nnx.Module):
-    """Consecutive layers: what one DiffusionBlocks step trains, or the whole trunk of a plain transformer.
+def run_layers(
+    layers: Sequence[nnx.Module],
+    x: Float[Array, "b t d"],
+    conditions: tuple[Float[Array, "b k"], ...],
+    key: Key[Array, ""] | None,
+    *,
+    first_only: bool,
+    remat: bool,
+) -> Float[Array, "b q d"]:
+    """The tokens after all layers; each layer is called with (tokens, *conditions, its key, first_only).
 
     With `remat` each layer keeps only its input for the backward pass and computes the rest again. With `first_only`
-    nothing but the first token is read off the result, so the last layer computes no other.
+    nothing but the first token is read off the result (q = 1), so the last layer computes no other.
     """
+
+    def apply(layer, x, conditions, key, first_only):
+        return layer(x, *conditions, key, first_only)
+
+    apply = jax.checkpoint(apply, static_argnums=4, policy=None if remat else KEPT)
+    last = len(layers) - 1
+    for i, (layer, layer_key) in enumerate(zip(layers, split_key(key, last + 1), strict=True)):
+        x = apply(layer, x, conditions, layer_key, first_only and i == last)
+    return x
+
+
+class Trunk(nnx.Module):
+    """All layers of a plain transformer, run as `run_layers` says."""
 
     def __init__(self, layers: list[Layer], *, first_only: bool, remat: bool = False):
         self.layers = nnx.List(layers)
         self.first_only = first_only
         self.remat = remat
 
+    def __call__(self, x: Float[Array, "b t d"], key: Key[Array, ""] | None) -> Float[Array, "b q d"]:
+        return run_layers(self.layers, x, (), key, first_only=self.first_only, remat=self.remat)
+
+
+class Block(nnx.Module):
+    """Consecutive conditioned layers, run as `run_layers` says: what one DiffusionBlocks step trains."""
+
+    def __init__(self, layers: list[ConditionedLayer], *, first_only: bool, remat: bool = False):
+        self.layers = nnx.List(layers)
+        self.first_only = first_only
+        self.remat = remat
+
     def __call__(
-        self, x: Float[Array, "b t d"], cond: Float[Array, "b k"] | None, key: Key[Array, ""] | None
+        self, x: Float[Array, "b t d"], cond: Float[Array, "b k"], key: Key[Array, ""] | None
     ) -> Float[Array, "b q d"]:
-        """The tokens after all layers: q = 1 with `first_only`, else all."""
-
-        def apply(layer: Layer, x, cond, key, first_only):
-            return layer(x, cond, key, first_only)
-
-        apply = jax.checkpoint(apply, static_argnums=4, policy=None if self.remat else KEPT)
-        last = len(self.layers) - 1
-        for i, (layer, layer_key) in enumerate(zip(self.layers, split_key(key, last + 1), strict=True)):
-            x = apply(layer, x, cond, layer_key, self.first_only and i == last)
-        return x
+        return run_layers(self.layers, x, (cond,), key, first_only=self.first_only, remat=self.remat)

@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Float, Key
 # The reference cuts its normal(0.02) draws at +-2.0, which is 100 standard deviations: no cut at all.
 init_weights = nnx.initializers.normal(0.02)
 init_zeros = nnx.initializers.zeros
+init_xavier = nnx.initializers.xavier_uniform()
+
+EPSILON = 1e-12  # of the released vision transformer's layer norm
+EPSILON_PLAIN = 1e-6  # of DiT's, which has neither scale nor bias
 
 # What a layer keeps for its backward pass: outputs of dense layers and of attention, dropout masks (a byte an entry).
 # Norms, GELU and attention probabilities are computed again, sooner than written to memory and read back.
@@ -81,16 +85,16 @@ def normalize_features(
     x: Float[Array, "*b d"], scale: Float[Array, " d"], bias: Float[Array, " d"]
 ) -> Float[Array, "*b d"]:
     """(x - mean) / sqrt(variance + 1e-12) * scale + bias over the features of each row, in float32."""
-    normal, _ = _standardize(x)
+    normal, _ = _standardize(x, EPSILON)
     return normal * _as_row(scale, x.ndim) + _as_row(bias, x.ndim)
 
 
-def _standardize(x):
+def _standardize(x, epsilon: float):
     """(rows of zero mean and unit variance, what they were divided by, inverted)."""
     x = x.astype(jnp.float32)
-    # The variance of what is left without the mean keeps its digits; the epsilon is the reference's.
+    # The variance of what is left without the mean keeps its digits.
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-12)
+    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     return centred * inverse, inverse
 
 
@@ -100,7 +104,7 @@ def _as_row(vector, ndim: int):
 
 def _normalize_backward(saved, grad):
     x, scale = saved
-    normal, inverse = _standardize(x)
+    normal, inverse = _standardize(x, EPSILON)
     grad = grad.astype(jnp.float32)
     product = grad * normal
     # As products with a vector, since for sums of products XLA on CPUs would write `scale` out for each row.
@@ -112,6 +116,22 @@ def _normalize_backward(saved, grad):
 
 
 normalize_features.defvjp(lambda x, scale, bias: (normalize_features(x, scale, bias), (x, scale)), _normalize_backward)
+
+
+@jax.custom_vjp
+def standardize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """(x - mean) / sqrt(variance + 1e-6) over the features of each row, in float32; the backward pass keeps x only."""
+    return _standardize(x, EPSILON_PLAIN)[0]
+
+
+def _standardize_backward(x, grad):
+    normal, inverse = _standardize(x, EPSILON_PLAIN)
+    grad = grad.astype(jnp.float32)
+    mean, slope = (jnp.mean(array, axis=-1, keepdims=True) for array in (grad, grad * normal))
+    return ((inverse * (grad - mean - normal * slope)).astype(x.dtype),)
+
+
+standardize.defvjp(lambda x: (standardize(x), x), _standardize_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -171,6 +191,28 @@ def _gelu_backward(x, grad):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: Array) -> Array:
+    """GELU's approximation by tanh: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    return x * jax.lax.logistic(_twice_tanhs_argument(x))  # (1 + tanh(u)) / 2 = logistic(2 u)
+
+
+def _twice_tanhs_argument(x):
+    return math.sqrt(8.0 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+def _gelu_tanh_backward(x, grad):
+    # As for `gelu`: what the forward pass computed is computed again, not kept.
+    x = jax.lax.optimization_barrier(x)
+    twice = _twice_tanhs_argument(x)
+    probability, rest = jax.lax.logistic(twice), jax.lax.logistic(-twice)  # 1 - probability would lose its digits
+    slope = math.sqrt(8.0 / math.pi) * (1.0 + 3 * 0.044715 * x * x)
+    return (grad * (probability + x * probability * rest * slope),)
+
+
+gelu_tanh.defvjp(lambda x: (gelu_tanh(x), x), _gelu_tanh_backward)
 
 
 def _probabilities(q: Float[Array, "b q h w"], k: Float[Array, "b t h w"]) -> Float[Array, "b h q t"]:

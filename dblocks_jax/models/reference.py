@@ -1,7 +1,7 @@
 """Weights of the released PyTorch program, in and out: {parameter name: array} <-> our models."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import DBlockViT, make_dblock_vit
-from dblocks_jax.models.layers import Layer
+from dblocks_jax.models.layers import ConditionedLayer, Layer
 from dblocks_jax.models.primitives import LayerNorm, Linear
 from dblocks_jax.models.vit import Architecture, ViT
 from dblocks_jax.run.errors import UserError
@@ -44,9 +44,24 @@ def from_reference(weights: Mapping[str, np.ndarray], config: Any) -> ViT | DBlo
         model = make_dblock_vit(arch, config.num_blocks, rngs=nnx.Rngs(0))
     else:
         model = ViT(arch, rngs=nnx.Rngs(0))
+    load_entries(_entries(model), weights)
+    return model
+
+
+def to_reference(model: ViT | DBlockViT) -> dict[str, np.ndarray]:
+    """The inverse of `from_reference`: float32 arrays under the released program's names. Also serves gradients."""
+    return save_entries(_entries(model))
+
+
+def load_entries(entries: Iterable[Entry], weights: Mapping[str, np.ndarray]) -> None:
+    """Set every entry's parameter, as float32.
+
+    Raises:
+      UserError: a parameter is missing, left over or of the wrong shape; it is named.
+    """
     left_over = set(weights)
-    for entry in _entries(model):
-        arrays = [_take(weights, name) for name in entry.names]
+    for entry in entries:
+        arrays = [take(weights, name) for name in entry.names]
         left_over.difference_update(entry.names)
         expected = entry.variable.get_value().shape
         try:
@@ -60,26 +75,25 @@ def from_reference(weights: Mapping[str, np.ndarray], config: Any) -> ViT | DBlo
     if left_over:
         names = ", ".join(map(shown, sorted(left_over)))
         raise UserError(f"the reference weights hold parameters this model does not have: {names}")
-    return model
 
 
-def to_reference(model: ViT | DBlockViT) -> dict[str, np.ndarray]:
-    """The inverse of `from_reference`: float32 arrays under the released program's names. Also serves gradients."""
+def save_entries(entries: Iterable[Entry]) -> dict[str, np.ndarray]:
+    """The inverse: every entry's parameter in the reference's terms."""
     weights = {}
-    for entry in _entries(model):
+    for entry in entries:
         arrays = entry.to_reference(np.asarray(entry.variable.get_value()))
         weights.update(zip(entry.names, arrays, strict=True))
     return weights
 
 
-def _take(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def take(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     if name not in weights:
         raise UserError(f"the reference weights lack {name}")
     return weights[name]
 
 
 def _sizes(weights: Mapping[str, np.ndarray], name: str, count: int) -> tuple[int, ...]:
-    shape = _take(weights, name).shape
+    shape = take(weights, name).shape
     if len(shape) != count or not all(shape):
         raise UserError(f"the reference weights have a {name} of shape {shape}: it must have {count} dimensions")
     return shape
@@ -114,26 +128,26 @@ def _entries(model: ViT | DBlockViT) -> Iterator[Entry]:
     """Every parameter of the model, in the reference's terms. Our block b holds layers b * L/B and following."""
     if isinstance(model, ViT):
         top, blocks = model, [model.trunk]
-        yield _same(CLS_TOKEN, model.cls_token)
+        yield same(CLS_TOKEN, model.cls_token)
     else:
         top, blocks = model.shared, model.blocks
-        yield _same(LABELS, top.labels)
-        yield from _linear("vit.time_embedder.mlp.0", top.noise.linear_1)
-        yield from _linear("vit.time_embedder.mlp.2", top.noise.linear_2)
-        yield from _linear("adaLN_modulation.linear", top.modulation.linear)
-    yield _same("vit.embeddings.position_embeddings", top.positions)
+        yield same(LABELS, top.labels)
+        yield from linear("vit.time_embedder.mlp.0", top.noise.linear_1)
+        yield from linear("vit.time_embedder.mlp.2", top.noise.linear_2)
+        yield from linear("adaLN_modulation.linear", top.modulation.linear)
+    yield same("vit.embeddings.position_embeddings", top.positions)
     projection = top.patches.projection
     assert projection.bias is not None
-    yield _patch_weight(projection.kernel, top.patches.patch_size)
-    yield _same("vit.embeddings.patch_embeddings.projection.bias", projection.bias)
+    yield patch_weight(PATCH_WEIGHT, projection.kernel, top.patches.patch_size)
+    yield same("vit.embeddings.patch_embeddings.projection.bias", projection.bias)
     yield from _norm("vit.layernorm", top.norm)
-    yield from _linear("classifier", top.head)
+    yield from linear("classifier", top.head)
     layers = [layer for block in blocks for layer in block.layers]
     for index, layer in enumerate(layers):
         yield from _layer(f"vit.encoder.layer.{index}", layer)
 
 
-def _layer(prefix: str, layer: Layer) -> Iterator[Entry]:
+def _layer(prefix: str, layer: Layer | ConditionedLayer) -> Iterator[Entry]:
     fused = layer.attention.query_key_value
     names = [f"{prefix}.attention.attention.{role}" for role in ("query", "key", "value")]
 
@@ -150,36 +164,36 @@ def _layer(prefix: str, layer: Layer) -> Iterator[Entry]:
     yield Entry(
         tuple(f"{name}.bias" for name in names), fused.bias, lambda *a: np.concatenate(a), lambda x: tuple(split(x))
     )
-    yield from _linear(f"{prefix}.attention.output.dense", layer.attention.output)
-    yield from _linear(f"{prefix}.intermediate.dense", layer.mlp.intermediate)
-    yield from _linear(f"{prefix}.output.dense", layer.mlp.output)
+    yield from linear(f"{prefix}.attention.output.dense", layer.attention.output)
+    yield from linear(f"{prefix}.intermediate.dense", layer.mlp.intermediate)
+    yield from linear(f"{prefix}.output.dense", layer.mlp.output)
     yield from _norm(f"{prefix}.layernorm_before", layer.norm_attention)
     yield from _norm(f"{prefix}.layernorm_after", layer.norm_mlp)
-    if layer.modulation is not None:
-        yield from _linear(f"{prefix}.adaLN_modulation.linear", layer.modulation.linear)
+    if isinstance(layer, ConditionedLayer):
+        yield from linear(f"{prefix}.adaLN_modulation.linear", layer.modulation.linear)
 
 
-def _same(name: str, variable: nnx.Variable) -> Entry:
+def same(name: str, variable: nnx.Variable) -> Entry:
     return Entry((name,), variable, lambda x: x, lambda x: (x,))
 
 
-def _linear(prefix: str, module: Linear) -> Iterator[Entry]:
+def linear(prefix: str, module: Linear) -> Iterator[Entry]:
     """PyTorch keeps (out, in); we keep (in, out)."""
     yield Entry((f"{prefix}.weight",), module.kernel, lambda x: x.T, lambda x: (x.T,))
     assert module.bias is not None
-    yield _same(f"{prefix}.bias", module.bias)
+    yield same(f"{prefix}.bias", module.bias)
 
 
 def _norm(prefix: str, module: LayerNorm) -> Iterator[Entry]:
     assert module.scale is not None and module.bias is not None
-    yield _same(f"{prefix}.weight", module.scale)
-    yield _same(f"{prefix}.bias", module.bias)
+    yield same(f"{prefix}.weight", module.scale)
+    yield same(f"{prefix}.bias", module.bias)
 
 
-def _patch_weight(kernel: nnx.Variable, patch_size: int) -> Entry:
+def patch_weight(name: str, kernel: nnx.Variable, patch_size: int) -> Entry:
     """A convolution (d, c, p, p) there; here a matrix from a flattened (p, p, c) patch."""
 
     def to_reference(x: np.ndarray) -> tuple[np.ndarray]:
         return (x.reshape(patch_size, patch_size, -1, x.shape[-1]).transpose(3, 2, 0, 1),)
 
-    return Entry((PATCH_WEIGHT,), kernel, lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), to_reference)
+    return Entry((name,), kernel, lambda x: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), to_reference)

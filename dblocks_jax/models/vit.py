@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from dblocks_jax.models.layers import Block, Layer, PatchEmbedding
+from dblocks_jax.models.layers import Layer, PatchEmbedding, Trunk
 from dblocks_jax.models.primitives import LayerNorm, Linear, dropout, init_weights, split_key
 
 
@@ -34,24 +34,6 @@ class Architecture:
         return (self.image_size // self.patch_size) ** 2
 
 
-def make_block(arch: Architecture, num_layers: int, *, conditioned: bool, rngs: nnx.Rngs) -> Block:
-    """`num_layers` fresh layers of this architecture."""
-    layers = [
-        Layer(
-            arch.hidden_size,
-            arch.num_heads,
-            arch.intermediate_size,
-            arch.dropout_rate,
-            conditioned=conditioned,
-            open_gates=arch.open_gates,
-            dtype=arch.dtype,
-            rngs=rngs,
-        )
-        for _ in range(num_layers)
-    ]
-    return Block(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
-
-
 def pool_tokens(tokens: Float[Array, "b t d"], pool: str) -> Float[Array, "b d"]:
     """The first token ("cls"), or the mean of the patch tokens ("mean")."""
     return tokens[:, 0] if pool == "cls" else jnp.mean(tokens[:, 1:], axis=1)
@@ -66,7 +48,18 @@ class ViT(nnx.Module):
         self.patches = PatchEmbedding(arch.patch_size, arch.channels, arch.hidden_size, dtype=arch.dtype, rngs=rngs)
         self.cls_token = nnx.Param(init_weights(rngs.params(), (1, 1, arch.hidden_size)))
         self.positions = nnx.Param(init_weights(rngs.params(), (1, arch.num_patches + 1, arch.hidden_size)))
-        self.trunk = make_block(arch, arch.num_layers, conditioned=False, rngs=rngs)
+        layers = [
+            Layer(
+                arch.hidden_size,
+                arch.num_heads,
+                arch.intermediate_size,
+                arch.dropout_rate,
+                dtype=arch.dtype,
+                rngs=rngs,
+            )
+            for _ in range(arch.num_layers)
+        ]
+        self.trunk = Trunk(layers, first_only=arch.pool == "cls", remat=arch.gradient_checkpointing)
         self.norm = LayerNorm(arch.hidden_size)
         self.head = Linear(arch.hidden_size, arch.num_labels, rngs=rngs)
 
@@ -77,5 +70,5 @@ class ViT(nnx.Module):
         cls = jnp.broadcast_to(self.cls_token[...], (patches.shape[0], 1, patches.shape[2]))
         tokens = jnp.concatenate([cls, patches], axis=1)
         tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
-        tokens = self.trunk(dropout(tokens, self.dropout_rate, key_embedding), None, key_trunk)
+        tokens = self.trunk(dropout(tokens, self.dropout_rate, key_embedding), key_trunk)
         return self.head(pool_tokens(self.norm(tokens), self.pool))

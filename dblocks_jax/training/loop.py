@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,6 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.feed import make_feed
-from dblocks_jax.data.source import Data
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints

@@ -1,1 +1,1 @@
-"""Labels to images."""
+"""Labels to images, by a diffusion transformer."""

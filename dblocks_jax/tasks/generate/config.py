@@ -33,7 +33,9 @@ def check(config: ConfigDict) -> None:
     images.check_image_fields(config)
     check_divides(config, "num_blocks", "num_layers")
     if config.hidden_size % 4:
-        raise UserError(f"hidden_size must be a multiple of 4 for positions in two dimensions, not {config.hidden_size}")
+        raise UserError(
+            f"hidden_size must be a multiple of 4 for positions in two dimensions, not {config.hidden_size}"
+        )
     if 0 < config.score_samples < LEAST_SAMPLES:
         raise UserError(f"score_samples must be 0, for no scores of samples, or at least {LEAST_SAMPLES}")
     if config.dataset == LATENTS and (config.flip or config.crop_padding):
@@ -63,7 +65,7 @@ def plain(config: ConfigDict) -> ConfigDict:
 def warn(trained: ConfigDict, used: ConfigDict) -> None:
     """Say what will not work as one might think."""
     if used.cfg_scale != 1 and trained.class_dropout_prob == 0:
-        logging.warning("guidance asks for images of no class, but it was trained without any: class_dropout_prob was 0")
+        logging.warning("guidance asks for images of no class, but none was trained on: class_dropout_prob was 0")
 
 
 def corruption(config: ConfigDict) -> Gaussian:
@@ -91,9 +93,7 @@ def find_data(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """Images, or latents of images."""
     if config.dataset != LATENTS:
         return images.find_dataset(config, may_prepare=may_prepare)
-    return load_latents(
-        config.data_dir, scale=config.latent_scale, val_fraction=config.val_fraction, seed=config.seed
-    )
+    return load_latents(config.data_dir, scale=config.latent_scale, val_fraction=config.val_fraction, seed=config.seed)
 
 
 def card_without_data(config: ConfigDict) -> Card:

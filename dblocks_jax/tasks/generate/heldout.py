@@ -36,9 +36,9 @@ def make_held_out_loss(
 ) -> Callable[[dict[str, Params], Source, Callable[[], None]], dict[str, Any]]:
     """Build (parameters, split, what to call at each batch) -> {"loss", "loss_by_block", "num_images"}.
 
-    w(sigma) |D - y|^2, as EDM weighs it, the mean over LEVELS levels and at most MOST_IMAGES images. Each level is asked
-    of the block that owns it. Noise is a function of the image's place and the level alone, so it is the same for every
-    model. Every image is told its class.
+    w(sigma) |D - y|^2, as EDM weighs it, the mean over LEVELS levels and at most MOST_IMAGES images, all of known class.
+    Each level is asked of the block that owns it. Noise is a function of the image's place and the level alone, so it
+    is the same for every model.
     """
     levels = held_out_levels(corruption.noise)
     owners = corruption.owners(levels)
@@ -65,9 +65,7 @@ def make_held_out_loss(
                 at_each_batch()
                 together = tuple(to_device(params[name]) for name in blueprint.names(owner))
                 positions = places.astype(np.int32)
-                sums[index].append(
-                    losses(together, batch["image"], batch["label"], positions, sigma, np.int32(index))
-                )
+                sums[index].append(losses(together, batch["image"], batch["label"], positions, sigma, np.int32(index)))
         means = np.array([np.sum(np.float64(jax.device_get(each))) for each in sums]) / count
         by_block = [float(means[np.array(owners) == block].mean()) for block in range(corruption.num_blocks)]
         return {"num_images": int(count), "loss": float(means.mean()), "loss_by_block": by_block}

@@ -76,9 +76,7 @@ class Generate:
         is_dropped = jax.random.bernoulli(draws.condition, self.config.class_dropout_prob, labels.shape)
         labels = jnp.where(is_dropped, shared.null_label, labels)
         z = images + level[:, None, None, None] * eps
-        errors = squared_error(
-            denoise(shared, block, labels, z, level, sigma_data=self.config.sigma_data), images
-        )
+        errors = squared_error(denoise(shared, block, labels, z, level, sigma_data=self.config.sigma_data), images)
         return Losses(errors, loss_weight(level, self.config.sigma_data), {"error": errors})
 
     def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
