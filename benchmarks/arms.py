@@ -1,0 +1,87 @@
+"""The arms of every comparison, same seeds, same data, equal arithmetic: plain, short, short-long, blocks, grown.
+
+    python benchmarks/arms.py --config=configs/dit_digits.py --out=DIR --seeds=0,1,2 --epochs=30,100,300
+
+With L layers in B blocks and N epochs: "plain" trains L layers for N epochs; "short" L / B layers for N; "short-long"
+L / B layers for B * N, the memory and arithmetic of DiffusionBlocks; "blocks" are DiffusionBlocks, N epochs a block;
+"grown" are one block for the first half of those steps, then copied into all. Runs that are finished are not repeated,
+those that were interrupted go on. A table of the test split's scores comes last, mean and deviation over seeds.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dblocks_jax.run.workdir import CONFIG, read_saved
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.tasks.task import Entry
+from dblocks_jax.training.loop import train
+
+ARMS = ("plain", "short", "short-long", "blocks", "grown")
+CONFIG_FILE = config_flags.DEFINE_config_file("config", None, "Config of DiffusionBlocks, which the arms are made of.")
+OUT = flags.DEFINE_string("out", None, "Folder of the runs.", required=True)
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+EPOCHS = flags.DEFINE_list("epochs", [], "Values of N; by default the config's.")
+CHOSEN = flags.DEFINE_list("arms", list(ARMS), "Which arms.")
+SCORE = flags.DEFINE_list("scores", [], "Names of figures in the table; by default the main score.")
+
+
+def arm(entry: Entry, config: ConfigDict, name: str) -> ConfigDict:
+    """The config of one arm."""
+    if name in ("blocks", "grown"):
+        other = ConfigDict(config.to_dict())
+        other.grow_at = (0.5,) if name == "grown" else ()
+        return other
+    other = entry.plain(config)
+    if name != "plain":
+        other.num_layers = config.num_layers // config.num_blocks
+    if name == "short-long":
+        other.num_epochs = config.num_epochs * config.num_blocks
+    return other
+
+
+def run(entry: Entry, config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """The result of a run, which is trained if it is not there."""
+    result = read_saved(folder, "train.json")
+    if result is None:
+        config.save_every_n_epochs = config.num_epochs * config.num_blocks
+        result = train(entry, config, folder)
+        folder.joinpath("train.json").write_text(json.dumps(result))
+    assert read_saved(folder, CONFIG) is not None
+    return result
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}")
+    config = CONFIG_FILE.value
+    entry = entry_of(config)
+    names = SCORE.value or [entry.main_score.name]
+    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for epochs in map(int, EPOCHS.value or [config.num_epochs]):
+        for seed in map(int, SEEDS.value):
+            for name in CHOSEN.value:
+                base = ConfigDict({**config.to_dict(), "num_epochs": epochs, "seed": seed})
+                result = run(entry, arm(entry, base, name), Path(OUT.value) / f"{name}_N{epochs}_seed{seed}")
+                rows.setdefault((epochs, name), []).append(result)
+                print(json.dumps({"arm": name, "epochs": epochs, "seed": seed} | {key: result[key] for key in names}))
+                sys.stdout.flush()
+    print(f"| N | arm | {' | '.join(names)} | seeds |")
+    for (epochs, name), results in rows.items():
+        cells = []
+        for key in names:
+            values = [result[key] for result in results]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}")
+        print(f"| {epochs} | {name} | {' | '.join(cells)} | {len(results)} |")
+
+
+if __name__ == "__main__":
+    app.run(main)
