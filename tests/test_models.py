@@ -15,8 +15,8 @@ from dblocks_jax.models.primitives import (
     gelu,
     gelu_tanh,
     normalize_features,
+    normalize_modulated,
     once,
-    standardize,
 )
 from dblocks_jax.models.vit import Architecture, ViT, pool_tokens
 
@@ -248,20 +248,24 @@ def test_layer_norm_and_its_own_backward_pass(offset, key):
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0])
-def test_layer_norm_without_scale_and_bias(size, key):
+def test_modulated_norm_and_its_own_backward_pass(size, key):
     """Against the formula and its derivative in float64, also for rows as small as the epsilon."""
     x = size * jax.random.normal(key, (2, 5, 16))
+    shift, scale = jax.random.normal(jax.random.fold_in(key, 1), (2, 2, 16))
     with jax.enable_x64():
 
-        def formula(x):
+        def formula(x, shift, scale):
             centred = x - jnp.mean(x, -1, keepdims=True)
-            return centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6)
+            normal = centred / jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6)
+            return normal * (1 + scale[:, None]) + shift[:, None]
 
-        exact = jnp.asarray(np.asarray(x), jnp.float64)
-        value, slope = formula(exact), jax.grad(lambda x: jnp.sum(formula(x) ** 3))(exact)
-    np.testing.assert_allclose(standardize(x), value, rtol=1e-5, atol=1e-5)
-    ours = jax.grad(lambda x: jnp.sum(standardize(x) ** 3))(x)
-    np.testing.assert_allclose(ours, slope, rtol=1e-5, atol=1e-5 * np.abs(slope).max())
+        exact = [jnp.asarray(np.asarray(array), jnp.float64) for array in (x, shift, scale)]
+        value = formula(*exact)
+        slopes = jax.grad(lambda *args: jnp.sum(formula(*args) ** 3), argnums=(0, 1, 2))(*exact)
+    np.testing.assert_allclose(normalize_modulated(x, shift, scale), value, rtol=1e-5, atol=1e-5)
+    ours = jax.grad(lambda *args: jnp.sum(normalize_modulated(*args) ** 3), argnums=(0, 1, 2))(x, shift, scale)
+    for a, b in zip(ours, slopes, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_what_comes_once_something_is_there_is_the_same(key):

@@ -19,10 +19,17 @@ from dblocks_jax.models.layers import (
     Attention,
     Mlp,
     PatchEmbedding,
-    modulate,
     sinusoidal_features,
 )
-from dblocks_jax.models.primitives import KEPT, Linear, gelu_tanh, init_weights, init_xavier, init_zeros, standardize
+from dblocks_jax.models.primitives import (
+    KEPT,
+    Linear,
+    gelu_tanh,
+    init_weights,
+    init_xavier,
+    init_zeros,
+    normalize_modulated,
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class DiTShared(nnx.Module):
     def read_out(self, tokens: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b h w c"]:
         """The final layer, in float32: each token becomes its patch of the image."""
         shift, scale = self.modulation(cond)
-        pixels = self.head(modulate(standardize(tokens), shift, scale))
+        pixels = self.head(normalize_modulated(tokens, shift, scale))
         b, p = tokens.shape[0], self.patches.patch_size
         patches = pixels.reshape(b, self.side, self.side, p, p, self.channels).transpose(0, 1, 3, 2, 4, 5)
         return patches.reshape(b, self.side * p, self.side * p, self.channels)
@@ -126,7 +133,6 @@ class DiTLayer(nnx.Module):
     """One transformer layer: attention and MLP, each shifted and scaled after a plain norm, and gated (adaLN-Zero)."""
 
     def __init__(self, arch: DiTArchitecture, *, rngs: nnx.Rngs):
-        self.dtype = arch.dtype
         self.attention = Attention(
             arch.hidden_size, arch.num_heads, dropout_rate=0.0, dtype=arch.dtype, init=init_xavier, rngs=rngs
         )
@@ -143,10 +149,8 @@ class DiTLayer(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t d"]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
         gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
-        normal = standardize(x).astype(self.dtype)
-        x = x + gate_a * self.attention(modulate(normal, shift_a, scale_a), None)
-        normal = standardize(x).astype(self.dtype)
-        return x + gate_m * self.mlp(modulate(normal, shift_m, scale_m))
+        x = x + gate_a * self.attention(normalize_modulated(x, shift_a, scale_a), None)
+        return x + gate_m * self.mlp(normalize_modulated(x, shift_m, scale_m))
 
 
 class DiTBlock(nnx.Module):

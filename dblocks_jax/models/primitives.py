@@ -119,19 +119,31 @@ normalize_features.defvjp(lambda x, scale, bias: (normalize_features(x, scale, b
 
 
 @jax.custom_vjp
-def standardize(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """(x - mean) / sqrt(variance + 1e-6) over the features of each row, in float32; the backward pass keeps x only."""
-    return _standardize(x, EPSILON_PLAIN)[0]
+def normalize_modulated(
+    x: Float[Array, "b t d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b t d"]:
+    """(x - mean) / sqrt(variance + 1e-6) * (1 + scale) + shift over the features of each token, in float32.
+
+    Shift and scale are the same for all tokens of a sample. The backward pass keeps x, and nothing made of it.
+    """
+    normal, _ = _standardize(x, EPSILON_PLAIN)
+    return normal * (1.0 + scale[:, None]) + shift[:, None]
 
 
-def _standardize_backward(x, grad):
+def _normalize_modulated_backward(saved, grad):
+    x, scale = saved
+    # Else the norms of both branches would wait in memory, computed again, while the MLP goes backward.
+    grad, x = once(grad, x)
     normal, inverse = _standardize(x, EPSILON_PLAIN)
-    grad = grad.astype(jnp.float32)
-    mean, slope = (jnp.mean(array, axis=-1, keepdims=True) for array in (grad, grad * normal))
-    return ((inverse * (grad - mean - normal * slope)).astype(x.dtype),)
+    scaled = grad * (1.0 + scale[:, None])
+    mean, slope = (jnp.mean(array, axis=-1, keepdims=True) for array in (scaled, scaled * normal))
+    grad_x = (inverse * (scaled - mean - normal * slope)).astype(x.dtype)
+    return grad_x, jnp.sum(grad, axis=1), jnp.sum(grad * normal, axis=1)
 
 
-standardize.defvjp(lambda x: (standardize(x), x), _standardize_backward)
+normalize_modulated.defvjp(
+    lambda x, shift, scale: (normalize_modulated(x, shift, scale), (x, scale)), _normalize_modulated_backward
+)
 
 
 class LayerNorm(nnx.Module):
