@@ -39,6 +39,7 @@ MODES = {
     "train": "start or resume a run",
     "eval": "score a saved run",
     "predict": "classify image files",
+    "sample": "make images",
     "report": "one HTML page about a run",
     "compare": "one HTML page and a table about several runs",
     "inspect": "model, noise ranges and data, without training",
@@ -55,17 +56,23 @@ PARTS = flags.DEFINE_multi_string("parts", [], "For merge: folders of the runs t
 RUNS = flags.DEFINE_multi_string("runs", [], "For compare: folders of runs, with commas or spaces between.")
 IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders, with commas or spaces between.")
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
+CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of classes, with commas between [all].")
+COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images.")
+CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 DEFAULTS = {"classify": classify, "generate": generate}  # task -> the config file with all of its fields
 # flag -> the modes that take it
 MODES_OF = {
-    "checkpoint": ("eval", "predict", "report", "export"),
+    "checkpoint": ("eval", "predict", "sample", "report", "export"),
     "distributed": ("train", "eval"),
     "parts": ("merge",),
     "runs": ("compare",),
     "images": ("predict",),
     "source": ("import",),
     "gib": ("memory",),
+    "classes": ("sample",),
+    "count": ("sample",),
+    "cfg_scale": ("sample",),
 }
 NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
 
@@ -204,6 +211,11 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.predict import predict
 
             return predict(config, workdir, [*_names(IMAGES), *more], **saved)
+        case "sample":
+            from dblocks_jax.modes.sample import sample
+
+            wanted = {"classes": CLASSES.value, "count": COUNT.value, "cfg_scale": CFG_SCALE.value}
+            return sample(config, workdir, **wanted, **saved)
         case "report":
             from dblocks_jax.modes.report import report
 

@@ -1,15 +1,13 @@
 """Pictures of samples, read back by Pillow and numpy."""
 
-import errno
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.generate.pictures import grid, png, write_grid, write_pictures, write_samples, write_whole
+from dblocks_jax.tasks.generate.pictures import grid, png, write_grid, write_pictures, write_samples
 
 
 def pictures(count: int, size: int = 8, channels: int = 3) -> np.ndarray:
@@ -72,24 +70,3 @@ def test_what_is_no_picture_is_said(tmp_path):
         with pytest.raises(UserError, match="1 channel or 3, not 4: latents must be decoded first"):
             write(tmp_path / "out", pictures(2, 8, 4))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = write_whole(tmp_path / "a.png", b"before")
-
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match=r"cannot write .*a\.png: No space left on device"):
-            write_whole(path, b"after")
-    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="cannot write"):
-        write_whole(path / "below a file.png", b"")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*folder: Is a directory"):
-        write_whole(tmp_path / "folder", b"")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "folder"]

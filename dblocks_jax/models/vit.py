@@ -65,10 +65,14 @@ class ViT(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b classes"]:
         """Logits of normalised images; a key switches dropout on."""
+        return self.head(self.features(images, key))
+
+    def features(self, images: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b d"]:
+        """What the head reads: the pooled tokens after the last norm."""
         key_embedding, key_trunk = split_key(key, 2)
         patches = self.patches(images)
         cls = jnp.broadcast_to(self.cls_token[...], (patches.shape[0], 1, patches.shape[2]))
         tokens = jnp.concatenate([cls, patches], axis=1)
         tokens = (tokens + jnp.broadcast_to(self.positions[...], tokens.shape)).astype(patches.dtype)
         tokens = self.trunk(dropout(tokens, self.dropout_rate, key_embedding), key_trunk)
-        return self.head(pool_tokens(self.norm(tokens), self.pool))
+        return pool_tokens(self.norm(tokens), self.pool)

@@ -5,7 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dblocks_jax.modes.generation import with_samples
 from dblocks_jax.run.stop import Stop
+from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.training import loop
 
@@ -18,5 +20,7 @@ def train(
     overrides: dict[str, Any] | None = None,
     stop: Stop | None = None,
 ) -> dict[str, Any]:
-    """Train what a config names; see `dblocks_jax.training.loop.train`."""
-    return loop.train(entry_of(config), config, workdir, command=command, overrides=overrides, stop=stop)
+    """Train what a config names, see `dblocks_jax.training.loop.train`; of what generates, score samples at the end."""
+    entry = entry_of(config)
+    result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
+    return with_samples(result, config, workdir) if entry is GENERATE else result

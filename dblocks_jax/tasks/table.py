@@ -5,11 +5,12 @@ from ml_collections import ConfigDict
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.classify import show as show_classify
 from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.tasks.generate import show as show_generate
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.task import Entry
 
 TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE)}
-SHOWN = {"classify": show_classify}  # task -> what a person sees of it: step_of, levels_of
+SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it: step_of, levels_of
 
 
 def entry_of(config: ConfigDict) -> Entry:

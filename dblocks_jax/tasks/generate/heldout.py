@@ -36,7 +36,7 @@ def make_held_out_loss(
 ) -> Callable[[dict[str, Params], Source, Callable[[], None]], dict[str, Any]]:
     """Build (parameters, split, what to call at each batch) -> {"loss", "loss_by_block", "num_images"}.
 
-    w(sigma) |D - y|^2, as EDM weighs it, the mean over LEVELS levels and at most MOST_IMAGES images, all of known class.
+    w(sigma) |D - y|^2, as EDM weighs it, the mean over LEVELS levels and at most MOST_IMAGES images, of known class.
     Each level is asked of the block that owns it. Noise is a function of the image's place and the level alone, so it
     is the same for every model.
     """

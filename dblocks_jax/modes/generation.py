@@ -1,0 +1,100 @@
+"""Scores of generated images: how their distribution differs from the data's, whether they are of the class asked for,
+and whether they are copies. None is called FID: the features are not Inception's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Num
+from ml_collections import ConfigDict
+
+from dblocks_jax.modes.judge import find_judge
+from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.modes.sample import check_scale, make_images, share_out
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.files import saving
+from dblocks_jax.tasks.generate.config import LATENTS
+from dblocks_jax.tasks.generate.pictures import write_grid
+from dblocks_jax.tasks.generate.scores import (
+    Moments,
+    frechet_distance,
+    kernel_distance,
+    nearest,
+    noised,
+    pixel_features,
+)
+
+PICTURE = "samples.png"
+A_CLASS, CLASSES = 8, 12  # of the picture: images of a class in a row, and rows
+MOST_COMPARED = 10_000  # real images whose features are compared by kernels
+
+
+def score_samples(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """Make `score_samples` images, of all classes alike, score them, and write PICTURE into the workdir.
+
+    Distances are to the training images; beside each stand "floor", that of the test images, and "ceiling", that of
+    noised test images.
+    """
+    config, card = trained.config, trained.card
+    count = config.score_samples
+    if count == 0 or config.dataset == LATENTS:
+        return {}
+    train, test = data.split("train"), data.split("test")
+    labels = share_out(range(len(card.class_names)), count)
+    images = make_images(trained, labels, check_scale(config.cfg_scale))
+    rows = [np.flatnonzero(labels == label)[:A_CLASS] for label in range(min(CLASSES, len(card.class_names)))]
+    columns = min(map(len, rows))
+    if columns:
+        with saving(workdir / PICTURE):
+            write_grid(workdir / PICTURE, images[np.concatenate([row[:columns] for row in rows])], columns)
+    real, held_out = train.images(np.arange(len(train))), test.images(np.arange(len(test)))
+    judge = find_judge(config, card, len(train), workdir.parent)
+    spoiled = noised(held_out)
+    _, answers = judge(images)
+    found: dict[str, Any] = {
+        "num_samples": count,
+        "sampled_with": {name: config[name] for name in ("num_inference_steps", "solver", "cfg_scale")},
+        "judge": judge.describe(),
+        "accuracy_of_samples": float(np.mean(answers == labels)),
+    }
+    for name, features in (("judge", lambda pixels: judge(pixels)[0]), ("pixels", pixel_features(real))):
+        found |= distances(name, features(images), features(real), features(held_out), features(spoiled))
+    copies = nearest(images, real, held_out)
+    return found | {
+        "nearest_ratio": copies.ratio,
+        "nearest_ratio_expected": copies.expected_ratio,
+        "share_of_close_samples": copies.share_close,
+    }
+
+
+def distances(
+    name: str,
+    samples: Num[np.ndarray, "n k"],
+    train: Num[np.ndarray, "t k"],
+    test: Num[np.ndarray, "m k"],
+    spoiled: Num[np.ndarray, "m k"],
+) -> dict[str, Any]:
+    """Frechet and kernel distance of features to those of the training images, with floor and ceiling."""
+    reference = Moments.of(train)
+    found: dict[str, Any] = {}
+    for suffix, features in (("", samples), ("_floor", test), ("_ceiling", spoiled)):
+        kernel = kernel_distance(features[:MOST_COMPARED], train[:MOST_COMPARED])
+        found[f"frechet_{name}{suffix}"] = frechet_distance(Moments.of(features), reference)
+        found[f"kid_{name}{suffix}"] = float(kernel.mean)
+        found[f"kid_{name}{suffix}_spread"] = float(kernel.spread)
+    return found
+
+
+def with_samples(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """`result` of a run that is trained, with the scores of its samples.
+
+    Raises:
+      UserError: its checkpoint cannot be read.
+    """
+    step = result.get("checkpoint")
+    if step is None or "loss" not in result:
+        return result
+    trained, _ = load_run(workdir, checkpoint=str(step))
+    if trained.task.corruption is None:
+        raise UserError(f"{workdir} holds nothing that generates")
+    return result | score_samples(trained, trained.entry.find_data(config), workdir)
