@@ -313,7 +313,7 @@ def test_lines_that_no_run_writes_are_left_out(tmp_path):
     (run / "metrics.jsonl").write_text(
         '{"step": 1, "split": "val", "top1": "a"}\n{"step": 2, "split": "val", "top1": 1}'
     )
-    assert scores(run, "val") == {2: 1.0}
+    assert scores(run, "val", "top1") == {2: 1.0}
     (run / "starts.jsonl").write_text(f'{deep}\n{{"time": 1}}\n3\n')
     assert read_starts(run) == []
 
