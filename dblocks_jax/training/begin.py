@@ -1,5 +1,6 @@
 """The parts that a run begins with: fresh ones, or copies of another run's."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ def begin(setting: Setting) -> dict[str, Part]:
     source = setting.config.begin_from
     if not source or saved_steps(setting.workdir):  # what is there already goes on
         return fresh
-    return _copies(setting, fresh, Path(source).expanduser())
+    return _copies(setting, fresh, Path(os.path.expanduser(source)))
 
 
 def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str, Part]:
