@@ -19,6 +19,6 @@ def entry_of(config: ConfigDict) -> Entry:
     Raises:
       UserError: there is none of that name.
     """
-    if config.task not in TASKS:
+    if not isinstance(config.task, str) or config.task not in TASKS:
         raise UserError(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
     return TASKS[config.task]

@@ -16,6 +16,17 @@ from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.curriculum import BLOCK_SCHEDULES, Curriculum
 from dblocks_jax.training.optimizer import learning_rate
 
+TYPES = {
+    int: (
+        "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks", "num_epochs", "max_steps",
+        "batch_size", "accumulate_grad_batches", "num_warmup_steps", "chunk_steps", "steps_per_call", "seed",
+        "eval_batch_size", "save_every_n_epochs", "max_bad_steps", "save_top_k", "log_every_n_steps",
+    ),
+    float: ("lr", "weight_decay", "clip_norm", "ema_decay"),
+    bool: ("gradient_checkpointing", "block_parallel", "wandb"),
+    str: ("scheduler_type", "scheduler_specific_kwargs", "begin_from", "postfix"),
+    tuple: ("train_blocks", "grow_at"),
+}  # fmt: skip
 CHOICES = {
     "block_schedule": BLOCK_SCHEDULES,
     "idle_blocks": ("device", "host"),
@@ -54,7 +65,13 @@ def check_config(entry: Entry, config: ConfigDict) -> None:
     """
     check_finite(config)
     check_fields(
-        config, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE, largest=LARGEST
+        config,
+        types=TYPES,
+        choices=CHOICES,
+        positive=POSITIVE,
+        not_negative=NOT_NEGATIVE,
+        below_one=BELOW_ONE,
+        largest=LARGEST,
     )
     if config.hidden_size % config.num_heads:
         raise UserError(f"num_heads={config.num_heads} must divide hidden_size={config.hidden_size}")
