@@ -1,4 +1,4 @@
-"""Generation of images: every field of its own, with its default: the paper's DiT-S/2 on CIFAR-10."""
+"""Generation of images: every field of its own, with its default."""
 
 from ml_collections import ConfigDict
 
@@ -40,13 +40,4 @@ def get_config() -> ConfigDict:
     # Scores of samples.
     config.score_samples = 1000  # images that are made to be scored
     config.judge = ""  # run of a classifier whose features and answers score them; "" is one of ours for the data set
-
-    config.num_layers = 12
-    config.hidden_size = 384
-    config.num_heads = 6
-    config.intermediate_size = 1536
-    config.num_epochs = 100
-    config.batch_size = 512
-    config.lr = 1e-4
-    config.weight_decay = 0.0
     return config

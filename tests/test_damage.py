@@ -70,7 +70,7 @@ def parts_of(step: int, width: int = 3) -> dict[str, Part]:
 
 def resume(workdir: Path) -> tuple[int, dict[str, Part], dict]:
     with Checkpoints(workdir) as checkpoints:
-        return checkpoints.resume(parts_of(0))
+        return checkpoints.resume(lambda step: parts_of(0), parts_of(0))
 
 
 def assert_is_sound(found: tuple[int, dict[str, Part], dict], steps: tuple[int, ...]) -> int:
@@ -225,7 +225,7 @@ def test_what_is_no_checkpoint_of_this_run_is_named_and_set_aside(two, tmp_path,
     assert any(reason in record.message for record in caplog.records)
     assert saved_steps(workdir)[-1] == 2 and (workdir / "damaged" / "3_0").exists()
     with Checkpoints(workdir) as checkpoints:  # its place is free again
-        checkpoints.resume(parts_of(0))
+        checkpoints.resume(lambda step: parts_of(0), parts_of(0))
         checkpoints.save(3, parts_of(3), RUN)
     assert_is_sound(resume(workdir), (3,))
 

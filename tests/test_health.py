@@ -273,4 +273,4 @@ def test_a_checkpoint_without_answers_is_never_the_best(tmp_path):
     found = metrics(np.zeros((1, 4), int), logits, np.zeros(4, int))
     line = {"step": 4, "split": "val", **found, "cross_entropy": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    assert run_folder.scores(tmp_path, "val") == {4: 0.0}
+    assert run_folder.scores(tmp_path, "val", "top1") == {4: 0.0}

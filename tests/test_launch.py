@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
+from configs import dblock_digits
+from dblocks_jax.data.datasets import Card
 from dblocks_jax.run.logs import Logs
 from dblocks_jax.run.workdir import finish
+from dblocks_jax.tasks.classify.task import Classify
 from dblocks_jax.training.display import Display
 from dblocks_jax.training.health import Health
 from dblocks_jax.training.progress import Progress
@@ -190,10 +193,12 @@ def test_long_lists_are_shown_by_three_of_their_numbers(tmp_path, capsys):
 )
 def test_a_line_about_many_denoising_steps_is_short(tmp_path, caplog, count, told):
     logs = Logs(tmp_path, start=0, wandb=False, config={})
-    display = Display(total_steps=1, start=0, sigmas={})
+    display = Display(total_steps=1, start=0)
     progress = Progress(logs, display, steps_per_epoch=1, log_every=1, images_per_step=1, health=Health(1, {}))
+    found = {"top1": 1.0, "accuracy_by_step": [i / count for i in range(1, count + 1)]}
+    task = Classify(dblock_digits.get_config(), Card(tuple("0123456789"), (8, 8, 1), (0.5,), (0.5,)))
     with caplog.at_level("INFO"):
-        progress.evaluated(7, "test", {"top1": 1.0, "accuracy_by_step": [i / count for i in range(1, count + 1)]})
+        progress.evaluated(7, "test", found, task.tell(found))
     logs.close()
     assert caplog.messages == [f"step 7: test top1 1.0000 {told}"]
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -122,7 +122,7 @@ def test_a_terminal_shows_the_blocks_and_gets_its_cursor_back(tmp_path):
         screen = read_until_closed(reader)
         process.wait(60)
     assert process.returncode == 0, screen[-2000:]
-    for text in ("from the start", "DiffusionBlocks, 2 blocks", "noise", "cross-entropy", "20/20", "test top1"):
+    for text in ("from the start", "DiffusionBlocks, 2 blocks", "share", "accuracy", "20/20", "test top1"):
         assert text in screen, text
     assert screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l") > -1  # shown again after it was hidden
 

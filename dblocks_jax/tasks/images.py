@@ -65,7 +65,7 @@ def check_card(config: ConfigDict, card: Card) -> None:
       UserError: naming both.
     """
     if card.image_shape[:2] != (config.image_size, config.image_size):
-        raise UserError(f"the images are of {card.image_shape}, but image_size={config.image_size}")
+        raise UserError(f"the data are images of {card.image_shape}, but image_size={config.image_size}")
 
 
 def image_batch(card: Card, count: int) -> dict[str, jax.ShapeDtypeStruct]:
