@@ -17,7 +17,7 @@ from runs import ROOT
 from safetensors.numpy import load_file, save
 
 from configs import dblock_digits, vit_digits
-from dblocks_jax.modes.export import accuracy, export_run
+from dblocks_jax.modes.export import export_run, on_record
 from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import UserError
@@ -111,15 +111,15 @@ def test_the_accuracy_is_that_of_the_sampler_which_is_exported(exported, tmp_pat
         shutil.copy(workdir / name, tmp_path)
     trained = load_trained(workdir)
     longer = replace(trained, config=ConfigDict({**trained.config.to_dict(), "num_inference_steps": 5}))
-    assert accuracy(tmp_path, trained) == result["top1"]
-    assert accuracy(tmp_path, replace(trained, step=trained.step - 1)) is None
+    assert on_record(tmp_path, trained)["top1"] == result["top1"]
+    assert on_record(tmp_path, replace(trained, step=trained.step - 1)) == {}
     if trained.config.model_type == "vit":
-        assert accuracy(tmp_path, longer) == result["top1"]  # it has no sampler
+        assert on_record(tmp_path, longer)["top1"] == result["top1"]  # it has no sampler
         return
-    assert accuracy(tmp_path, longer) is None
+    assert on_record(tmp_path, longer) == {}
     write_json(tmp_path / "eval.json", result | {"top1": 0.125, "sampler": {"num_inference_steps": 5}})
-    assert accuracy(tmp_path, longer) == 0.125
-    assert accuracy(tmp_path, trained) == result["top1"]
+    assert on_record(tmp_path, longer)["top1"] == 0.125
+    assert on_record(tmp_path, trained)["top1"] == result["top1"]
 
 
 def test_an_export_takes_the_place_of_an_older_one(exported):

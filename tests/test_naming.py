@@ -12,7 +12,7 @@ from configs import dblock_digits
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.modes.export import model_card
-from dblocks_jax.modes.load import Classifier, Trained
+from dblocks_jax.modes.load import Trained
 from dblocks_jax.modes.sample import find_classes, sample
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import render
@@ -43,12 +43,12 @@ def test_errors_are_safe_to_print():
 def test_a_model_card_shows_names_escaped():
     config = dblock_digits.get_config()
     card = Card((EVIL, "b"), (8, 8, 1), (0.5,), (0.5,))
-    trained = Classifier(Trained(CLASSIFY, config, card, 1, CLASSIFY.make(config, card), Blueprint({}), {}))
+    trained = Trained(CLASSIFY, config, card, 1, CLASSIFY.make(config, card), Blueprint({}), {})
     expected = SAFE.replace("|", "&#124;")
-    text = model_card(trained, 0.5, imported=EVIL)
+    text = model_card(trained, {"top1": 0.5}, imported=EVIL)
     assert f"| classes | 2: {expected}, b |" in text and f"imported from {expected} |" in text
     config.dataset = EVIL
-    text = model_card(trained, 0.5)
+    text = model_card(trained, {"top1": 0.5})
     assert f", trained on {SAFE}\n" in text
     assert text.isascii() and not {"\x1b", "\r", "\x07"} & set(text)
 

@@ -100,7 +100,7 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
     else:
         folder = beside / f"judge_{config.dataset}_{config.image_size}"
         wanted = judge_config(config, num_images)
-        if read_saved(folder, "train.json") is None:
+        if "top1" not in (read_saved(folder, "train.json") or {}):  # it is not there, or was ended early
             logging.info("training the classifier that judges, in %s", folder)
             result = loop.train(CLASSIFY, wanted, folder)
             loop.run_folder.write_json(folder / "train.json", result)

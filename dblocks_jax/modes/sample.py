@@ -1,5 +1,6 @@
 """`--mode=sample`: images by class from a trained model, as a picture, single files, and an array for FID programs."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.images import telling
 from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
-from dblocks_jax.run.files import saving
+from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pictures import write_grid, write_pictures, write_samples
@@ -84,10 +85,9 @@ def sample(
 
 def write_latents(path: Path, latents: np.ndarray) -> None:
     """As `arr_0`, float32 [n, h, w, c]."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez(file, latents.astype(np.float32))
-    temporary.replace(path)
+    file = io.BytesIO()
+    np.savez(file, latents.astype(np.float32))
+    write_whole(path, file.getvalue())
 
 
 def find_classes(named: Sequence[str], class_names: Sequence[str]) -> list[int]:

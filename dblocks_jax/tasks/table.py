@@ -10,7 +10,7 @@ from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.task import Entry
 
 TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE)}
-SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it: step_of, levels_of
+SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it
 
 
 def entry_of(config: ConfigDict) -> Entry:
