@@ -182,7 +182,7 @@ def test_images_that_are_not_finite_have_no_score(run, tmp_path):
 
 
 def test_generators_are_ranked_by_loss_beside_classifiers(run, tmp_path, capsys):
-    config, workdir, trained = run
+    _, workdir, trained = run
     better = tmp_path / "better"
     better.mkdir()
     for name, change in (("config.json", {"num_blocks": 1}), ("train.json", {"loss": 1e-3, "kid_judge": -0.5})):

@@ -4,6 +4,7 @@ import logging
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
