@@ -63,6 +63,7 @@ def test_a_page_shows_names_escaped():
     values = {
         "name": EVIL,
         "dataset": Card((EVIL, "b"), (8, 8, 1), (0.5,), (0.5,)),
+        "about_images": "",
         "counts": {"train": [1, 1]},
         "samples": {EVIL: ["data:,"]},
         "table": "two\nlines",
