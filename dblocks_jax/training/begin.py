@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.run.checkpoint import Checkpoints, differences, saved_steps, shapes_by_path
@@ -24,7 +24,7 @@ def begin(setting: Setting) -> dict[str, Part]:
     source = setting.config.begin_from
     if not source or saved_steps(setting.workdir):  # what is there already goes on
         return fresh
-    return _copies(setting, fresh, Path(os.path.expanduser(source)))
+    return _copies(setting, fresh, Path(os.path.expanduser(source)))  # ~nobody stays as it is
 
 
 def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str, Part]:
@@ -42,11 +42,14 @@ def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str,
             task = setting.entry.make(config, setting.entry.card(about["data"]))
             smaller = fresh_parts(setting.entry, config, task)
         parts = checkpoints.restore(step, smaller)
-    copies = setting.grow(parts, list(fresh))
     if setting.config.ema_decay == 0:
-        copies = {name: part._replace(average=()) for name, part in copies.items()}
+        parts = {name: part._replace(average=()) for name, part in parts.items()}
     elif config.ema_decay == 0:
-        copies = {name: part._replace(average=jax.tree.map(jnp.copy, part.params)) for name, part in copies.items()}
+        parts = {name: part._replace(average=jax.tree.map(np.copy, part.params)) for name, part in parts.items()}
+    try:
+        copies = setting.grow(parts, fresh, before=config, after=setting.stages[0].config)
+    except UserError as error:
+        raise UserError(f"begin_from: {source}: {error}") from error
     differing = differences(expected=shapes_by_path(fresh), found=shapes_by_path(copies))
     if differing:
         raise UserError(

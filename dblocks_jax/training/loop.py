@@ -105,8 +105,8 @@ class Trainer:
         if following is self.stage:
             return
         self.progress.flush()
-        names = list(self.model_of(following).blueprint.parts)
-        grown = self.setting.grow(self.residence.parts(), names)
+        names = self.model_of(following).blueprint.parts
+        grown = self.setting.grow(self.residence.parts(), names, before=self.stage.config, after=following.config)
         logging.info("step %d: %d blocks from now on", self.step, self.model_of(following).blueprint.num_blocks)
         self.stage = following
         self.residence = self._settle(grown)
