@@ -58,6 +58,10 @@ class Trained:
     blueprint: Blueprint = field(repr=False)
     params: dict[str, Params] = field(repr=False)  # by part
 
+    def together(self, block: int) -> tuple[Any, ...]:
+        """The modules that answer together at a block's levels: what is shared, and the block."""
+        return self.blueprint.together([self.params[name] for name in self.blueprint.names(block)])
+
 
 @dataclass(frozen=True)
 class Classifier:
@@ -129,15 +133,17 @@ def load_classifier(folder: str | Path, checkpoint: str = "best") -> Classifier:
     return Classifier(only(CLASSIFY, load_trained(folder, checkpoint), Path(folder)))
 
 
-def load_trained(folder: str | Path, checkpoint: str = "best") -> Trained:
-    """The trained model of a run or of an exported folder, whatever its task.
+def load_trained(folder: str | Path, checkpoint: str = "best", own: Entry | None = None) -> Trained:
+    """The trained model of a run or of an exported folder, whatever its task. A run of your `own` needs its entry.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     folder = Path(folder)
     with _without_orbax():
-        return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+        if (folder / WEIGHTS).exists():
+            return load_exported(folder)
+        return load_run(folder, checkpoint=checkpoint, own=own)[0]
 
 
 def only(entry: Entry, trained: Trained, where: Path) -> Trained:
@@ -222,10 +228,12 @@ def load_run(
     config: ConfigDict | None = None,
     overrides: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
+    own: Entry | None = None,
 ) -> tuple[Trained, dict[str, Any]]:
     """(a run's model on every device of the mesh, what its checkpoint tells of the run).
 
     `config` supplies fields that an older run did not have, `overrides` are what the command line says of the sampler.
+    `own` is a task that is none of ours.
 
     Raises:
       UserError: there is no such run or checkpoint, it is damaged, or an override contradicts it.
@@ -234,7 +242,7 @@ def load_run(
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     of_folder = read_saved(workdir, CONFIG) or {}
     with naming_malformed(workdir / CONFIG):
-        entry = entry_of(ConfigDict(SINCE | of_folder))
+        entry = entry_of(ConfigDict(SINCE | of_folder), own)
     with (
         Checkpoints(
             workdir,
@@ -247,7 +255,7 @@ def load_run(
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
         with naming_malformed(f"what checkpoint {step} of {workdir} tells of its run"):
-            entry = entry_of(ConfigDict(SINCE | run["config"]))
+            entry = entry_of(ConfigDict(SINCE | run["config"]), own)
             given = ConfigDict(run["config"]) if config is None else config
             merged = for_evaluation(entry, run["config"], overrides or {}, given)
             check_config(entry, merged)

@@ -44,8 +44,8 @@ def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
         value = json.loads(path.read_text()) if path.is_file() else None  # a named pipe would never end
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}, not an object")
-        if name == DATA and not (isinstance(value.get("class_names"), list) and isinstance(value.get("images"), int)):
-            raise ValueError("it lacks class_names or images")
+        if name == DATA and not isinstance(value.get("images"), int):
+            raise ValueError("it lacks images")
     except (OSError, ValueError, RecursionError) as error:  # the last one of a thousand brackets
         raise UserError(f"{path} cannot be read ({brief(error)}); restore it, or use another --workdir") from None
     return value

@@ -27,6 +27,7 @@ from dblocks_jax.training.config import (
     rest_on_host,
     trained_blocks,
 )
+from dblocks_jax.training.heldout import scorer_of
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.stages import Stage, divide, make_stages
 
@@ -83,7 +84,7 @@ class Setting:
         """The model of a stage, without numbers."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
         blueprint = shapes_of(task)[0]
-        return Model(stage, task, blueprint, task.scorer(blueprint, self.mesh))
+        return Model(stage, task, blueprint, scorer_of(task, blueprint, self.mesh))
 
     def fresh(self, stage: Stage) -> dict[str, Part]:
         """New parts of a stage, as far as they are trained here, placed where they wait."""

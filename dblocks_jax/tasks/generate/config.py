@@ -55,14 +55,6 @@ def describe(config: ConfigDict) -> str:
     return "plain DiT" if config.num_blocks == 1 else f"DiffusionBlocks of a DiT, {config.num_blocks} blocks"
 
 
-def plain(config: ConfigDict) -> ConfigDict:
-    """The plain DiT to compare with: the same layers as one block."""
-    other = ConfigDict(config.to_dict())
-    other.update(num_blocks=1, block_parallel=False, train_blocks=(), sharing="shared", idle_blocks="device")
-    other.update(grow_at=(), begin_from="")
-    return other
-
-
 def warn(trained: ConfigDict, used: ConfigDict) -> None:
     """Say what will not work as one might think."""
     if used.cfg_scale != 1 and trained.class_dropout_prob == 0:
