@@ -16,12 +16,14 @@ from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier
-from dblocks_jax.modes.report import choose, confusion_matrix, read_starts, report, worst_classes
+from dblocks_jax.modes.report import read_starts, report
 from dblocks_jax.modes.train import train
 from dblocks_jax.pages import charts
+from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import logged, scores
+from dblocks_jax.tasks.classify.report import choose, confusion_matrix, worst_classes
 from dblocks_jax.tasks.images import find_dataset
 
 TINY = {
@@ -134,7 +136,8 @@ def test_names_are_shown_as_they_are():
     """Neither the page's nor the pictures' language takes part of a class's name for its own."""
     svg = charts.confusion(np.eye(2, dtype=int), ["<i>a</i> & $b$", "c_d"])
     assert "&lt;i&gt;a&lt;/i" in svg and "$b$" in svg
-    page = {"tables": [{"dataset": "<b>", "groups": [], "rows": []}], "charts": {"ce 0": svg}}
+    table = {"title": "<b>", "figures": [Figure("top1", "accuracy")], "groups": [], "rows": [], "cells": []}
+    page = {"tables": [table | {"about": "", "about_curve": ""}], "charts": {"curve 0": svg}}
     text = render("compare.html", page)
     assert "&lt;b&gt;" in text and "<b>" not in text and "&lt;i&gt;a&lt;/i" in text
 

@@ -1,4 +1,4 @@
-"""`--mode=compare`: several runs side by side, a table for each data set.
+"""`--mode=compare`: several runs side by side, a table for each task and data set.
 
 Runs that differ in their seed alone make a group. A seed counts once, however many of a group's runs have it.
 """
@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dblocks_jax.pages import charts
+from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.errors import UserError, brief
+from dblocks_jax.run.naming import shown
 from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import CONFIG, DATA, logged, read_saved
-from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.tasks.table import SHOWN, entry_of
+from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps
 
 PAGE = "compare.html"
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
 LONGEST_NAME = 24
+OF_ONES_OWN = ("folder", "latents")  # data sets that a folder names
 # Which say nothing about the method: runs that differ in these belong together.
 # "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
 NOT_COMPARED = {"seed", "dataset", *FREE_TO_CHANGE} - {"save_top_k"}
@@ -40,28 +43,35 @@ class Run:
     """What a finished run left in its folder."""
 
     workdir: Path
+    entry: Entry  # its task
     config: dict[str, Any]
     result: dict[str, Any]
     by_num_steps: dict[int, float]  # accuracy by the sampler's number of steps, if a report was made
-    curve: tuple[list[int], list[float]]  # steps, and the cross-entropy there
+    curve: tuple[list[int], list[float]]  # steps, and what its task draws there
 
     @property
     def is_diverged(self) -> bool:
-        """Whether its answers were not finite numbers. Older results say so by their cross-entropy alone."""
-        return self.result.get("diverged", False) or self.result["cross_entropy"] is None
+        """Whether its numbers were not finite. Older results of classifiers say so by their cross-entropy alone."""
+        names = {self.entry.main_score.name, "cross_entropy"}
+        return self.result.get("diverged", False) or any(self.result.get(name, 0) is None for name in names)
+
+    @property
+    def images(self) -> str:
+        """The data set. Of images of one's own the folder says which they are."""
+        name = str(self.config["dataset"])
+        if name in OF_ONES_OWN:
+            name += f" {self.result.get('data_dir', self.config['data_dir'])}"
+        return name
 
     @property
     def dataset(self) -> str:
-        """The images that it was scored on. Of those of one's own the folder says which they are."""
-        name = str(self.config["dataset"])
-        if name == "folder":
-            name += f" {self.result.get('data_dir', self.config['data_dir'])}"
-        return f"{name}, {self.result['num_images']:,} images" if "num_images" in self.result else name
+        """The images that it was scored on."""
+        return f"{self.images}, {self.result['num_images']:,} images" if "num_images" in self.result else self.images
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting. `fields` are those in which the groups of a data set differ."""
+    """Runs of one setting. `fields` are those in which the groups of a table differ."""
 
     dataset: str
     fields: dict[str, Any]
@@ -71,7 +81,7 @@ class Group:
     @property
     def name(self) -> str:
         """The setting in words."""
-        return ", ".join(f"{field}={value}" for field, value in self.fields.items()) or "all runs"
+        return ", ".join(f"{shown(field)}={shown(value)}" for field, value in self.fields.items()) or "all runs"
 
     @property
     def seeds(self) -> list[Any]:
@@ -81,18 +91,17 @@ class Group:
     def mean_and_deviation(self, metric: str) -> tuple[float | None, float | None]:
         """Over the seeds, each the mean of its runs; the sample's standard deviation, where there are two at least.
 
-        No mean where all runs diverged.
+        No mean where all runs diverged, or none has such a figure.
         """
-        values = [
-            statistics.mean(run.result[metric] for run in self.runs if run.config.get("seed") == seed)
-            for seed in self.seeds
-        ]
+        of_seeds = [[run.result.get(metric) for run in self.runs if run.config.get("seed") == s] for s in self.seeds]
+        measured = [[value for value in values if value is not None] for values in of_seeds]
+        values = [statistics.mean(each) for each in measured if each]
         mean = statistics.mean(values) if values else None
         return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
 def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
-    """Print a table of the runs for each data set, and write PAGE into `folder`.
+    """Print a table of the runs for each task and data set, and write PAGE into `folder`.
 
     Raises:
       UserError: a folder holds no finished run, or files that no run writes.
@@ -100,36 +109,54 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
     """
     named = {os.path.realpath(workdir): workdir for workdir in workdirs}  # a run that is named twice counts once
     runs = [read(workdir) for workdir in named.values()]
-    datasets = list(dict.fromkeys(run.dataset for run in runs))
+    together: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        together.setdefault((run.entry.name, scored_on(run, runs)), []).append(run)
+    several_tasks = len({task for task, _ in together}) > 1
     tables, drawn, all_rows = [], {}, []
-    for i, dataset in enumerate(datasets):
-        groups = group([run for run in runs if run.dataset == dataset])
-        rows = [_row(each) for each in groups]
-        _print(dataset if len(datasets) > 1 else "", groups, rows)
+    for i, ((task, dataset), alike) in enumerate(together.items()):
+        title = f"{task}: {dataset}" if several_tasks else dataset
+        entry, figures = alike[0].entry, figures_of(alike)
+        groups = group(alike, dataset)
+        rows = [_row(each, figures) for each in groups]
+        cells = [[figure.show(*_cell(each, figure)) for figure in figures] for each in groups]
+        _print(title if len(together) > 1 else "", groups, figures, cells)
         all_rows += rows
-        drawn |= {f"{name} {i}": svg for name, svg in _draw(groups).items()}
-        tables.append({"dataset": dataset, "groups": groups, "rows": rows})
+        drawn |= {f"{name} {i}": svg for name, svg in _draw(groups, entry).items()}
+        about = {"about": SHOWN[task].ABOUT_FIGURES, "about_curve": SHOWN[task].ABOUT_CURVE}
+        tables.append({"title": title, "figures": figures, "groups": groups, "rows": rows, "cells": cells, **about})
     path = write_page(folder / PAGE, {"tables": tables, "charts": drawn})
     return {"mode": "compare", "page": str(path), "groups": all_rows}
 
 
-def _draw(groups: Sequence[Group]) -> dict[str, str]:
-    """A data set's pictures, of the groups that have something to show."""
+def scored_on(run: Run, runs: Sequence[Run]) -> str:
+    """The data set whose table a run is in. One that was ended while it trained was not scored: it joins the others."""
+    others = [each.dataset for each in runs if (each.entry, each.images) == (run.entry, run.images)]
+    scored = [dataset for dataset in others if dataset != run.images]
+    return scored[0] if run.is_diverged and scored and "num_images" not in run.result else run.dataset
+
+
+def figures_of(runs: Sequence[Run]) -> list[Figure]:
+    """The figures of a task, the main score and those others that a run has."""
+    main, *others = SHOWN[runs[0].entry.name].FIGURES
+    return [main, *(each for each in others if any(run.result.get(each.name) is not None for run in runs))]
+
+
+def _draw(groups: Sequence[Group], entry: Entry) -> dict[str, str]:
+    """A table's pictures, of the groups that have something to show."""
     # There is room for short names only.
     names = [each.name if len(each.name) <= LONGEST_NAME else f"setting {i}" for i, each in enumerate(groups, 1)]
+    main, about_curve = SHOWN[entry.name].FIGURES[0], SHOWN[entry.name].ABOUT_CURVE
     colors = list(mpl.colormaps["tab10"](range(10))) * (len(groups) // 10 + 1)
-    drawn = {
-        "ce": charts.over_steps(
-            {name: (each.runs or each.diverged)[0].curve for name, each in zip(names, groups, strict=True)},
-            colors[: len(groups)],
-            "cross-entropy",
-        )
+    curves = {name: (each.runs or each.diverged)[0].curve for name, each in zip(names, groups, strict=True)}
+    drawn = {"curve": charts.over_steps(curves, colors[: len(groups)], about_curve.split(" on ")[0])}
+    scores = {
+        name: [run.result[main.name] for run in each.runs]
+        for name, each in zip(names, groups, strict=True)
+        if each.runs
     }
-    accuracies = {
-        name: [run.result["top1"] for run in each.runs] for name, each in zip(names, groups, strict=True) if each.runs
-    }
-    if accuracies:
-        drawn["accuracies"] = charts.accuracies(accuracies)
+    if scores:
+        drawn["scores"] = charts.by_group(scores, f"{main.words} on the test split", percent=main.is_share)
     by_count = {name: _mean_by_num_steps(each) for name, each in zip(names, groups, strict=True)}
     if any(by_count.values()):
         drawn["by_count"] = charts.by_num_steps(by_count, colors[: len(by_count)])
@@ -152,14 +179,19 @@ def _read(workdir: Path) -> Run:
     config = read_saved(workdir, CONFIG)
     if config is None:
         raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
+    try:
+        entry = entry_of(ConfigDict(SINCE | config))
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG}: {error}") from error
+    main = SHOWN[entry.name].FIGURES[0]
     result = read_result(workdir, RESULT) or read_result(workdir, EVAL)
-    if result is None or "top1" not in result:
-        raise UserError(f"{workdir} is not finished: it has no {RESULT} with an accuracy. Run its command again")
+    if result is None or not (main.name in result or result.get("diverged")):
+        raise UserError(f"{workdir} is not finished: it has no {RESULT} with its {main.words}. Run its command again")
     if not _is_sampled_as(config, result):
         raise UserError(
             f"{workdir} was scored with another sampler than its config says: repeat --mode=eval without it"
         )
-    if result["mode"] == "train":
+    if result["mode"] == "train" and not result.get("diverged"):
         images = (read_saved(workdir, DATA) or {}).get("images")
         if images is not None and result["step"] < (steps := _steps_of(config, images)):
             raise UserError(f"{workdir} is not finished: its result is of step {result['step']} of {steps}")
@@ -167,8 +199,8 @@ def _read(workdir: Path) -> Run:
     if report.get("checkpoint") != result["checkpoint"] or not _is_sampled_as(config, report, "num_inference_steps"):
         report = {}
     by_num_steps = {int(count): accuracy for count, accuracy in report.get("accuracy_by_num_steps", {}).items()}
-    run = Run(workdir, config, result, by_num_steps, _cross_entropy(workdir))
-    hash((run.dataset, run.is_diverged, result["macro_f1"], config.get("seed")))  # what is missing is missed here
+    run = Run(workdir, entry, config, result, by_num_steps, SHOWN[entry.name].curve(logged(workdir)))
+    hash((run.dataset, config.get("seed")))  # what is missing is missed here
     return run
 
 
@@ -177,56 +209,51 @@ def _is_sampled_as(config: dict[str, Any], result: dict[str, Any], *but: str) ->
     return all(config.get(field, value) == value or field in but for field, value in result.get("sampler", {}).items())
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
-    """The runs on one data set by setting, the most accurate first and those without answers last."""
+def group(runs: Sequence[Run], dataset: str) -> list[Group]:
+    """The runs of one table by setting, the best first and those without answers last."""
     settings = [{field: value for field, value in run.config.items() if field not in NOT_COMPARED} for run in runs]
     fields = {field for setting in settings for field in setting}
     differing = sorted(field for field in fields if len({json.dumps(each.get(field)) for each in settings}) > 1)
     groups: dict[str, Group] = {}
     for run, setting in zip(runs, settings, strict=True):
         mine = {field: setting.get(field) for field in differing}
-        each = groups.setdefault(json.dumps(mine), Group(run.dataset, mine, [], []))
+        each = groups.setdefault(json.dumps(mine), Group(dataset, mine, [], []))
         (each.diverged if run.is_diverged else each.runs).append(run)
+    main = runs[0].entry.main_score
 
     def rank(each: Group) -> float:
-        mean, _ = each.mean_and_deviation("top1")
-        return 1.0 if mean is None else -mean
+        mean, _ = each.mean_and_deviation(main.name)
+        if mean is None:
+            return math.inf
+        return -mean if main.more_is_better else mean
 
     return sorted(groups.values(), key=rank)
 
 
-def _row(each: Group) -> dict[str, Any]:
-    top1, deviation = each.mean_and_deviation("top1")
-    accuracy = "diverged" if top1 is None else f"{100 * top1:.1f} %"
-    if top1 is not None and deviation is not None:
-        accuracy = f"{100 * top1:.1f} ± {100 * deviation:.1f} %"
-    return {
+def _cell(each: Group, figure: Figure) -> tuple[float | None, float | None]:
+    mean, deviation = each.mean_and_deviation(figure.name)
+    return mean, deviation if figure.has_spread else None
+
+
+def _row(each: Group, figures: Sequence[Figure]) -> dict[str, Any]:
+    main = figures[0]
+    row = {
         "dataset": each.dataset,
         "fields": each.fields,
         "runs": [str(run.workdir) for run in each.runs],
         "diverged": [str(run.workdir) for run in each.diverged],
         "seeds": each.seeds,
-        "accuracy": accuracy,
-        "top1_mean": top1,
-        "top1_std": deviation,
-        "macro_f1_mean": each.mean_and_deviation("macro_f1")[0],
-        "cross_entropy_mean": each.mean_and_deviation("cross_entropy")[0],
+        main.words: main.show(*_cell(each, main)) or "diverged",
     }
+    for figure in figures:
+        mean, deviation = _cell(each, figure)
+        row |= {f"{figure.name}_mean": mean} | ({f"{figure.name}_std": deviation} if figure.has_spread else {})
+    return row
 
 
 def _steps_of(config: dict[str, Any], images: int) -> int:
     of_run = ConfigDict(SINCE | config)
     return count_steps(entry_of(of_run), of_run, images).steps
-
-
-def _cross_entropy(workdir: Path) -> tuple[list[int], list[float]]:
-    steps, values = [], []
-    for line in logged(workdir):
-        means = [block["ce"] for block in line.get("blocks", {}).values() if block.get("ce") is not None]
-        if means and math.isfinite(mean := float(np.mean(means))):
-            steps.append(line["step"])
-            values.append(mean)
-    return steps, values
 
 
 def _mean_by_num_steps(each: Group) -> dict[int, float]:
@@ -246,13 +273,12 @@ def how_many(each: Group) -> str:
     return ", ".join(words)
 
 
-def _print(title: str, groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(box=None, title=Text(title, "bold") if title else None, title_justify="left")
-    for name in ("", "accuracy", "seeds", "macro F1", "cross-entropy"):
+def _print(title: str, groups: Sequence[Group], figures: Sequence[Figure], cells: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, title=Text(shown(title), "bold") if title else None, title_justify="left")
+    main, *others = (figure.words for figure in figures)
+    for name in ("", main, "seeds", *others):
         table.add_column(name, no_wrap=True)
     table.add_column("setting", overflow="fold")  # whole, however long
-    for i, (each, row) in enumerate(zip(groups, rows, strict=True), 1):
-        means = (row["macro_f1_mean"], row["cross_entropy_mean"])
-        numbers = ("" if mean is None else f"{mean:.3f}" for mean in means)
-        table.add_row(str(i), row["accuracy"], how_many(each), *numbers, Text(each.name))
+    for i, (each, (score, *rest)) in enumerate(zip(groups, cells, strict=True), 1):
+        table.add_row(str(i), score or "diverged", how_many(each), *rest, Text(each.name))
     Console().print(table)

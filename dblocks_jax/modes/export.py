@@ -17,11 +17,9 @@ from dblocks_jax.modes.load import (
     CONFIG,
     FOLDER_FORMAT,
     WEIGHTS,
-    Classifier,
     Trained,
     load_exported,
     load_run,
-    only,
     parameter_names,
 )
 from dblocks_jax.pages.template import render
@@ -31,23 +29,21 @@ from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import read_saved, write_json
-from dblocks_jax.tasks.classify.config import SAMPLER_FIELDS
-from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.tasks.classify import export as of_classifier
+from dblocks_jax.tasks.generate import export as of_generator
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
 
-FOLDER, PROGRAM, CARD = "export", "classifier.stablehlo", "README.md"
+FOLDER, CARD = "export", "README.md"
+PROGRAMS: dict[str, Any] = {"classify": of_classifier, "generate": of_generator}  # by task
 PLATFORMS = ("cpu", "cuda")
-TOLERANCE = 1e-5  # of the logits of what was written, as a share of the largest
-TRIED_IMAGES = 3
 
 
 def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Write a run's model into <workdir>/export, load both forms back and compare their logits.
+    """Write a run's model into <workdir>/export, load both forms back and compare their answers.
 
-    WEIGHTS, with CONFIG beside it, is what `load_classifier` takes. PROGRAM is a function of uint8 images
-    [b, h, w, c], for any b, that returns float32 logits [b, classes]: the whole sampler with the weights inside, to be
-    called through `jax.export` alone.
+    WEIGHTS, with CONFIG beside it, is what `load_trained` takes. The task's program is the whole sampler with the
+    weights inside, for any number of examples, to be called through `jax.export` alone: see tasks/*/export.py.
 
     Raises:
       UserError: there is no such run or checkpoint.
@@ -63,13 +59,13 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
     with on_cpu(), saving(folder), ExitStack() as at_the_end:
         at_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)  # what failed would keep a full disk full
         on_host = jax.tree.map(jnp.asarray, jax.device_get(loaded.params))
-        trained = Classifier(only(CLASSIFY, replace(loaded, params=on_host), workdir))
+        trained, form = replace(loaded, params=on_host), PROGRAMS[loaded.entry.name]
         for left_over in (temporary, old):
             shutil.rmtree(left_over, ignore_errors=True)
         temporary.mkdir()
         write_weights(trained, temporary)
-        write_whole(temporary / PROGRAM, to_program(trained))
-        write_whole(temporary / CARD, model_card(trained, accuracy(workdir, trained.trained), run.get("imported")))
+        write_whole(temporary / form.PROGRAM, to_program(trained))
+        write_whole(temporary / CARD, model_card(trained, on_record(workdir, trained), run.get("imported")))
         difference = largest_difference(trained, temporary)
         if folder.exists():
             folder.rename(old)  # whoever looks meanwhile sees no half-deleted one
@@ -81,11 +77,11 @@ def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], 
         "checkpoint": trained.step,
         "folder": str(folder),
         "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
-        "largest_difference_of_logits": difference,
+        form.DIFFERENCE: difference,
     }
 
 
-def write_weights(trained: Trained | Classifier, folder: Path) -> None:
+def write_weights(trained: Trained, folder: Path) -> None:
     """The parameters by name, such as block_0.layers.1.mlp.output.kernel, and what is needed to use them."""
     from safetensors.numpy import save
 
@@ -97,16 +93,17 @@ def write_weights(trained: Trained | Classifier, folder: Path) -> None:
     write_json(folder / CONFIG, about | {"config": config})
 
 
-def to_program(trained: Classifier) -> bytes:
-    """The classifier as a serialised StableHLO program for PLATFORMS and any batch size."""
+def to_program(trained: Trained) -> bytes:
+    """The model's answer as a serialised StableHLO program for PLATFORMS and any batch size."""
+    form, task = PROGRAMS[trained.entry.name], trained.task
+    answer = form.answerer(task, trained.blueprint)
 
-    def classify(images):
-        return trained.classify(trained.params, images, jnp.arange(images.shape[0], dtype=jnp.int32))[-1]
+    def run(*inputs):
+        return form.output(task, answer(trained.params, *inputs))
 
     (count,) = export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((count, *trained.card.image_shape), jnp.uint8)
     with arithmetic(trained.config), _no_source_paths():
-        return bytes(export.export(jax.jit(classify), platforms=PLATFORMS)(images).serialize())
+        return bytes(export.export(jax.jit(run), platforms=PLATFORMS)(*form.inputs(task, count)).serialize())
 
 
 @contextmanager
@@ -120,67 +117,63 @@ def _no_source_paths() -> Iterator[None]:
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def largest_difference(trained: Classifier, folder: Path) -> float:
-    """Between the logits of the model and those of what was written of it, on random images."""
-    shape = (TRIED_IMAGES, *trained.card.image_shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    expected = np.asarray(trained(images))
-    if not np.isfinite(expected).all():
-        raise Diverged(f"{folder.parent}: {NOT_FINITE}")
-    program = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
-    found = [np.asarray(program.call(images)), np.asarray(Classifier(load_exported(folder))(images))]
-    difference = max(float(np.abs(logits - expected).max()) for logits in found)
-    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        raise RuntimeError(f"what was exported gives other logits: they differ by {difference}")
-    return difference
+def largest_difference(trained: Trained, folder: Path) -> float:
+    """Between the answers of the model and those of what was written of it.
+
+    Raises:
+      Diverged: the answers are not finite.
+    """
+    form, again = PROGRAMS[trained.entry.name], load_exported(folder)
+    program = export.deserialize(bytearray((folder / form.PROGRAM).read_bytes()))
+    answer, answer_again = (form.answerer(each.task, each.blueprint) for each in (trained, again))
+    differences = []
+    with arithmetic(trained.config):
+        for inputs in form.trials(trained.task):
+            expected = np.asarray(answer(trained.params, *inputs))
+            if not np.isfinite(expected).all():
+                raise Diverged(f"{folder.parent}: {NOT_FINITE}")
+            from_weights = np.asarray(answer_again(again.params, *inputs))
+            differences.append(float(np.abs(from_weights - expected).max()))
+            differences.append(form.difference(trained.task, np.asarray(program.call(*inputs)), expected))
+            limit = form.TOLERANCE * max(1.0, float(np.abs(expected).max()))
+            if not max(differences) <= limit:
+                raise RuntimeError(f"what was exported gives other answers: they differ by {max(differences)}")
+    return max(differences)
 
 
-def accuracy(workdir: Path, trained: Trained) -> float | None:
-    """The accuracy on the test split that is on record for a checkpoint, classified as `trained` does it."""
-    fields = ARITHMETIC_FIELDS + (SAMPLER_FIELDS if trained.config.model_type == "dblock" else ())
+def on_record(workdir: Path, trained: Trained) -> dict[str, Any]:
+    """The scores on the test split that are on record for a checkpoint, answering as `trained` does; or nothing."""
+    fields = ARITHMETIC_FIELDS + (trained.entry.sampler_fields if trained.task.corruption is not None else ())
     of_run = read_saved(workdir, CONFIG) or {}
     for name in ("train.json", "eval.json"):
         result = read_result(workdir, name) or {}
         used = of_run | result.get("arithmetic", {}) | result.get("sampler", {})
         is_alike = all(used.get(field, trained.config[field]) == trained.config[field] for field in fields)
         is_alike = is_alike and result.get("data_dir", of_run.get("data_dir")) == of_run.get("data_dir")
-        if result.get("checkpoint") == trained.step and "top1" in result and is_alike:
-            return result["top1"]
-    return None
+        if result.get("checkpoint") == trained.step and trained.entry.main_score.name in result and is_alike:
+            return result
+    return {}
 
 
-def model_card(trained: Classifier, top1: float | None, imported: str | None = None) -> str:
+def model_card(trained: Trained, scores: dict[str, Any], imported: str | None = None) -> str:
     """The page that a model hub shows: facts for its search, then what the model is and how to use it.
 
     `imported` names the file that the weights came from, if they were not trained here.
     """
-    config = trained.config
-    is_dblock = config.model_type == "dblock"
+    config, form = trained.config, PROGRAMS[trained.entry.name]
     trained_on = "images of one's own" if config.dataset == "folder" else shown(config.dataset)
-    facts: dict[str, Any] = {
-        "library_name": "dblocks_jax",
-        "pipeline_tag": "image-classification",
-        "tags": ["jax", "flax", "vision-transformer", *(["diffusion-blocks"] if is_dblock else [])],
-    }
-    if top1 is not None:
-        result = {
-            "task": {"type": "image-classification"},
-            "dataset": {"type": config.dataset, "name": trained_on, "split": "test"},
-            "metrics": [{"type": "accuracy", "value": top1}],
-        }
-        facts |= {"metrics": ["accuracy"], "model-index": [{"name": "classifier", "results": [result]}]}
     values = {
-        "facts": facts,
-        "kind": f"DiffusionBlocks of {config.num_blocks} blocks" if is_dblock else "A plain vision transformer",
+        "facts": form.facts(config, trained_on, scores),
+        "kind": form.describe(config),
         "trained_on": trained_on,
-        "top1": top1,
+        "scores": scores,
         "card": replace(trained.card, class_names=tuple(map(shown, trained.card.class_names))),
         "config": config,
         "step": trained.step,
         "imported": imported and shown(imported),
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
-        "noise_ranges": describe_shares(trained.trained.task),
-        "program": PROGRAM,
+        "noise_ranges": describe_shares(trained.task),
+        "program": form.PROGRAM,
         "weights": WEIGHTS,
     }
-    return render("model_card.md", values)
+    return render(f"model_card_{trained.entry.name}.md", values)

@@ -2,7 +2,7 @@
 and whether they are copies. None is called FID: the features are not Inception's."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Num
@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from dblocks_jax.modes.judge import find_judge
 from dblocks_jax.modes.load import Trained, load_run
 from dblocks_jax.modes.sample import check_scale, make_images, share_out
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import Diverged, UserError
 from dblocks_jax.run.files import saving
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pictures import write_grid
+from dblocks_jax.tasks.generate.report import Made
 from dblocks_jax.tasks.generate.scores import (
     Moments,
     frechet_distance,
@@ -29,19 +30,34 @@ A_CLASS, CLASSES = 8, 12  # of the picture: images of a class in a row, and rows
 MOST_COMPARED = 10_000  # real images whose features are compared by kernels
 
 
+class Scored(NamedTuple):
+    """What came of scoring samples: nothing but an empty `figures` where none are asked for."""
+
+    figures: dict[str, Any]
+    made: Made | None
+
+
 def score_samples(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """The figures of `sample_and_score`."""
+    return sample_and_score(trained, data, workdir).figures
+
+
+def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """Make `score_samples` images, of all classes alike, score them, and write PICTURE into the workdir.
 
     Distances are to the training images; beside each stand "floor", that of the test images, and "ceiling", that of
-    noised test images.
+    noised test images. Images that are not finite have no score: the figures say "diverged".
     """
     config, card = trained.config, trained.card
     count = config.score_samples
     if count == 0 or config.dataset == LATENTS:
-        return {}
+        return Scored({}, None)
     train, test = data.split("train"), data.split("test")
     labels = share_out(range(len(card.class_names)), count)
-    images = make_images(trained, labels, check_scale(config.cfg_scale))
+    try:
+        images = make_images(trained, labels, check_scale(config.cfg_scale))
+    except Diverged:
+        return Scored({"diverged": True}, None)
     rows = [np.flatnonzero(labels == label)[:A_CLASS] for label in range(min(CLASSES, len(card.class_names)))]
     columns = min(map(len, rows))
     if columns:
@@ -60,11 +76,12 @@ def score_samples(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
     for name, features in (("judge", lambda pixels: judge(pixels)[0]), ("pixels", pixel_features(real))):
         found |= distances(name, features(images), features(real), features(held_out), features(spoiled))
     copies = nearest(images, real, held_out)
-    return found | {
+    found |= {
         "nearest_ratio": copies.ratio,
         "nearest_ratio_expected": copies.expected_ratio,
         "share_of_close_samples": copies.share_close,
     }
+    return Scored(found, Made(images, labels, copies))
 
 
 def distances(
@@ -92,7 +109,7 @@ def with_samples(result: dict[str, Any], config: ConfigDict, workdir: Path) -> d
       UserError: its checkpoint cannot be read.
     """
     step = result.get("checkpoint")
-    if step is None or "loss" not in result:
+    if step is None or "loss" not in result or "diverged" in result:
         return result
     trained, _ = load_run(workdir, checkpoint=str(step))
     if trained.task.corruption is None:

@@ -59,6 +59,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "dataset": dataset,
         "counts": counts,
         "samples": samples(train, dataset),
+        "about_images": shown.about_images(task),
         "table": table,
         "parameters": parameters,
         "noise_ranges": describe_shares(task),
@@ -89,8 +90,10 @@ def count_classes(split: Source, dataset: Dataset) -> list[int]:
 
 
 def samples(train: Source, dataset: Dataset) -> dict[str, list[str]]:
-    """The first images of the first classes, as pictures for the page."""
+    """The first images of the first classes, as pictures for the page. Latents are none."""
     chosen = {}
+    if train.take(np.array([0]))["image"].dtype != np.uint8:
+        return chosen
     for label, name in enumerate(dataset.class_names[:MOST_CLASSES]):
         indices = np.flatnonzero(train.labels == label)[:SAMPLES_OF_A_CLASS]
         chosen[name] = [data_uri(pixels) for pixels in train.images(indices)]

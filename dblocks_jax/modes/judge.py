@@ -1,6 +1,7 @@
 """The frozen classifier whose features and answers score generated images: one of ours, trained if it is not there."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,11 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
       UserError: the run that is named is no plain classifier of such images.
     """
     if config.judge:
-        folder = Path(config.judge).expanduser()
+        folder = Path(os.path.expanduser(config.judge))
     else:
         folder = beside / f"judge_{config.dataset}_{config.image_size}"
         wanted = judge_config(config, num_images)
-        if read_saved(folder, "train.json") is None:
+        if "top1" not in (read_saved(folder, "train.json") or {}):  # it is not there, or was ended early
             logging.info("training the classifier that judges, in %s", folder)
             result = loop.train(CLASSIFY, wanted, folder)
             loop.run_folder.write_json(folder / "train.json", result)

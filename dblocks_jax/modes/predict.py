@@ -21,13 +21,12 @@ from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.files import saving
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.workdir import write_json
-from dblocks_jax.tasks.classify.classifier import sampler_plan
+from dblocks_jax.tasks.classify.beliefs import describe, describe_steps
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.training.config import arithmetic
 
 PREDICTIONS = "predictions.json"
 MOST_ROWS = 50  # of the printed table; the file has all
-MOST_LABELS = 5
 MOST_STEPS = 8  # of which the table shows all; of more the first, the middle one and the last
 NARROWEST_NAME = 20  # columns of a path, however narrow the terminal is
 UNLIMITED = 100_000  # columns
@@ -108,32 +107,6 @@ def classify_files(trained: Classifier, paths: Sequence[Path]) -> Float[np.ndarr
             logits = trained.classify(trained.params, jnp.asarray(pixels), jnp.asarray(positions, jnp.int32))
         batches.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
     return np.concatenate(batches, axis=1)[:, : len(paths)]
-
-
-def describe_steps(config: ConfigDict) -> list[dict[str, Any]]:
-    """The noise level and the block of each denoising step; for the plain model one step without either."""
-    if config.model_type == "vit":
-        return [{}]
-    return [{"sigma": float(sigma), "block": block} for sigma, block in zip(*sampler_plan(config), strict=True)]
-
-
-def describe(
-    path: str, probabilities: Float[np.ndarray, "n classes"], class_names: Sequence[str], steps: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """One image: the likeliest classes, and after each step what was believed and how likely the answer was."""
-    final = probabilities[-1]
-    best = np.argsort(-final, kind="stable")[:MOST_LABELS]
-    by_step = [
-        step
-        | {
-            "label": class_names[int(np.argmax(believed))],
-            "probability": float(np.max(believed)),
-            "probability_of_answer": float(believed[best[0]]),
-        }
-        for step, believed in zip(steps, probabilities, strict=True)
-    ]
-    top = [{"label": class_names[int(label)], "probability": float(final[label])} for label in best]
-    return {"image": path, "top5": top, "by_step": by_step}
 
 
 def print_table(records: list[dict[str, Any]]) -> None:

@@ -35,6 +35,7 @@ STYLE: Any = {
     "text.parse_math": False,  # a class may be called $x$
 }
 MOST_NAMED_CLASSES = 20
+FEW = 30  # points of a curve that are marked; one alone makes no line
 
 
 def block_colors(num_blocks: int) -> list[Any]:
@@ -93,7 +94,7 @@ def over_steps(
         values = np.array([value for _, ys in series.values() for value in ys if value is not None], float)
         for (name, (steps, ys)), color in zip(series.items(), colors, strict=True):
             y = np.array([np.nan if value is None else value for value in ys], float)
-            axes.plot(steps, y, color=color, linewidth=0.8, alpha=0.35)
+            axes.plot(steps, y, color=color, linewidth=0.8, alpha=0.35, marker="." if len(steps) <= FEW else "")
             axes.plot(steps, _smooth(y), color=color, linewidth=1.6, label=name)
         if values.size and values.min() > 0 and values.max() / values.min() > 30:
             axes.set_yscale("log")
@@ -192,7 +193,7 @@ def memory(rows: Mapping[str, Mapping[str, int]]) -> str:
         return _svg(figure)
 
 
-def accuracies(groups: Mapping[str, Sequence[float]]) -> str:
+def by_group(groups: Mapping[str, Sequence[float]], xlabel: str, *, percent: bool) -> str:
     """A row for each group of runs: a dot for each run, a bar for their mean."""
     with mpl.rc_context(STYLE):
         figure, axes = _new(6.4, 0.9 + 0.42 * len(groups))
@@ -203,6 +204,7 @@ def accuracies(groups: Mapping[str, Sequence[float]]) -> str:
             axes.plot(values, np.full(len(values), row), "o", color=INK, markersize=4, alpha=0.7)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-        axes.set(xlabel="accuracy on the test split (dots: runs, bars: means)")
+        if percent:
+            axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.set(xlabel=f"{xlabel} (dots: runs, bars: means)")
         return _svg(figure)

@@ -34,13 +34,13 @@ def _escape(value: Any) -> Any:
     return shown_lines(value) if isinstance(value, str) else value
 
 
-def write_page(path: Path, values: dict[str, Any]) -> Path:
-    """Fill in the template that has the name of the page, and write it: `path`.
+def write_page(path: Path, values: dict[str, Any], template: str | None = None) -> Path:
+    """Fill in a template, without another that which has the name of the page, and write it: `path`.
 
     Raises:
       Unsaved: it cannot be written; a page that was there before still is.
     """
-    text = render(path.name, values)
+    text = render(template or path.name, values)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)

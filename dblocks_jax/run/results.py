@@ -11,9 +11,12 @@ NUMBER = int | float
 KINDS: dict[str, Any] = {
     "mode": str, "top1": NUMBER, "macro_f1": NUMBER, "cross_entropy": NUMBER | None, "step": int,
     "checkpoint": int | None, "num_images": int, "diverged": bool, "data_dir": str, "sampler": dict,
-    "arithmetic": dict, "accuracy_by_num_steps": dict,
+    "arithmetic": dict, "accuracy_by_num_steps": dict, "loss": NUMBER | None, "accuracy_of_samples": NUMBER,
+    "frechet_judge": NUMBER | None, "frechet_pixels": NUMBER | None, "kid_judge": NUMBER | None,
+    "kid_pixels": NUMBER | None, "nearest_ratio": NUMBER | None,
 }  # fmt: skip
-SHARES = ("top1", "macro_f1")  # which lie in [0, 1]
+SHARES = ("top1", "macro_f1", "accuracy_of_samples")  # which lie in [0, 1]
+SIGNED = ("kid_judge", "kid_pixels")  # estimates of what is not negative
 LARGEST = 1e30
 
 
@@ -27,7 +30,7 @@ def read_result(workdir: Path, name: str) -> dict[str, Any] | None:
     for field, value in (result or {}).items():
         is_sound = isinstance(value, KINDS.get(field, object))
         if is_sound and field in KINDS and isinstance(value, NUMBER):
-            is_sound = 0 <= value <= (1 if field in SHARES else LARGEST)
+            is_sound = (-LARGEST if field in SIGNED else 0) <= value <= (1 if field in SHARES else LARGEST)
         if field == "accuracy_by_num_steps" and isinstance(value, dict):
             is_sound = all(
                 count.isdecimal() and isinstance(share, NUMBER) and 0 <= share <= 1 for count, share in value.items()

@@ -200,7 +200,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def scores(workdir: Path, split: str, name: str) -> dict[int, float]:
     """Step -> a figure of a split, as far as it is on record."""
     of_split = [line for line in logged(workdir) if line.get("split") == split]
-    return {line["step"]: float(line[name]) for line in of_split if isinstance(line.get(name), int | float)}
+    found = {line["step"]: line[name] for line in of_split if isinstance(line.get(name), int | float)}
+    return {step: float(value) for step, value in found.items() if abs(value) <= sys.float_info.max}
 
 
 def shortened(values: list[Any]) -> list[tuple[int, Any]]:

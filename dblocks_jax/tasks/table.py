@@ -10,7 +10,7 @@ from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.task import Entry
 
 TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE)}
-SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it: step_of, levels_of
+SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it
 
 
 def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
@@ -21,6 +21,6 @@ def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
     """
     if own is not None and config.task == own.name:
         return own
-    if config.task not in TASKS:
+    if not isinstance(config.task, str) or config.task not in TASKS:
         raise UserError(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
     return TASKS[config.task]

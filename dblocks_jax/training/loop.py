@@ -17,7 +17,7 @@ from dblocks_jax.data.feed import make_feed
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import Checkpoints
-from dblocks_jax.run.errors import Stopped, Unsaved, Unusable, UserError
+from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.run.logs import Logs, check_wandb
 from dblocks_jax.run.processes import check_alike, first_process_first, is_first
 from dblocks_jax.run.stop import Stop
@@ -105,8 +105,8 @@ class Trainer:
         if following is self.stage:
             return
         self.progress.flush()
-        names = list(self.model_of(following).blueprint.parts)
-        grown = self.setting.grow(self.residence.parts(), names)
+        names = self.model_of(following).blueprint.parts
+        grown = self.setting.grow(self.residence.parts(), names, before=self.stage.config, after=following.config)
         logging.info("step %d: %d blocks from now on", self.step, self.model_of(following).blueprint.num_blocks)
         self.stage = following
         self.residence = self._settle(grown)
@@ -242,6 +242,17 @@ class Trainer:
             raise Unsaved(f"{where}; not everything could be saved: {unsaved}") from reason
         raise type(reason)(f"{where}: the same command goes on from there") from reason
 
+    def record_divergence(self) -> None:
+        """Leave a result that says so: other modes tell such a run from one that goes on."""
+        checkpoints = self.opened.checkpoints
+        checkpoints.wait()
+        newest = max(checkpoints.steps(), default=None)
+        result = {"mode": "train", "workdir": str(self.setting.workdir), "step": self.step, "checkpoint": newest}
+        try:
+            run_folder.write_json(self.setting.workdir / "train.json", result | {"diverged": True})
+        except OSError as error:
+            logging.error("cannot write train.json, which would say that the run diverged: %s", error.strerror)
+
     def close(self, result: dict[str, Any]) -> dict[str, Any]:
         """`result`, with what was skipped and what could not be saved."""
         checkpoints = self.opened.checkpoints
@@ -339,7 +350,7 @@ def train(
         already, and an image may become unreadable later:
         then the state has been saved.
       Stopped: `stop` was asked for; the state has been saved.
-      Diverged: too many steps in a row had numbers that are not finite.
+      Diverged: too many steps in a row had numbers that are not finite. train.json says so.
       Unsaved: what a `Stopped` or unreadable image ended could not be saved.
     """
     check_config(entry, config)
@@ -358,5 +369,8 @@ def train(
             result = trainer.result(trainer.run())
         except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
             trainer.leave(reason)
+            raise
+        except Diverged:
+            trainer.record_divergence()
             raise
         return trainer.close(result)

@@ -1,6 +1,6 @@
 """All that is known of a run before its folder is touched: data, length, stages, and a fresh model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -91,11 +91,13 @@ class Setting:
         task = self.entry.make(stage.config, self.entry.card(self.card))
         return replicate(fresh_parts(self.entry, stage.config, task), self.mesh, self.memory)
 
-    def grow(self, parts: dict[str, Part], names: list[str]) -> dict[str, Part]:
-        """The parts `names` of a larger model, each a copy, with moments and average, of what it begins as."""
-        origin = divide(parts, names)
+    def grow(
+        self, parts: dict[str, Part], names: Iterable[str], *, before: ConfigDict, after: ConfigDict
+    ) -> dict[str, Part]:
+        """The parts `names` of the model `after`, each a copy, with moments and average, of what it is in `before`."""
+        origin = divide(parts, names, before=self.entry.num_blocks(before), after=self.entry.num_blocks(after))
         on_host = jax.device_get(parts)
-        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in names}
+        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in origin}
 
 
 def new_model(task: Task, seed: int) -> tuple[Blueprint, dict[str, Params]]:

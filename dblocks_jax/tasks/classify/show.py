@@ -1,15 +1,26 @@
-"""What a person wants to see of classification before it is trained."""
+"""What a person wants to see of classification before it is trained, and of several runs side by side."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dblocks_jax.models.dblock_vit import Shared
 from dblocks_jax.models.layers import Block
+from dblocks_jax.pages.figures import Figure
 from dblocks_jax.tasks.classify.classifier import sampler_plan
 from dblocks_jax.tasks.classify.denoiser import denoise
 from dblocks_jax.tasks.classify.task import Classify
+
+FIGURES = (
+    Figure("top1", "accuracy", is_share=True, has_spread=True),
+    Figure("macro_f1", "macro F1"),
+    Figure("cross_entropy", "cross-entropy"),
+)
+ABOUT_FIGURES = "Accuracy is the share of right answers on the test split."
+ABOUT_CURVE = "cross-entropy on training batches, without weights, mean over blocks"
 
 
 class Step(nnx.Module):
@@ -35,3 +46,20 @@ def step_of(task: Classify, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple
 def levels_of(task: Classify) -> list[float]:
     """The noise levels that the sampler visits."""
     return [] if task.is_plain else [float(sigma) for sigma in sampler_plan(task.config)[0]]
+
+
+def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps, ABOUT_CURVE there) of a log."""
+    steps, values = [], []
+    for line in lines:
+        means = [block["ce"] for block in line.get("blocks", {}).values() if block.get("ce") is not None]
+        if means and math.isfinite(mean := float(np.mean(means))):
+            steps.append(line["step"])
+            values.append(mean)
+    return steps, values
+
+
+def about_images(task: Classify) -> str:
+    """What the network sees of them."""
+    mean, std = (", ".join(map(str, numbers)) for numbers in (task.card.mean, task.card.std))
+    return f"Pixels are scaled to 0..1 and normalised with mean {mean} and deviation {std}."

@@ -1,4 +1,4 @@
-"""What a person wants to see of image generation before it is trained."""
+"""What a person wants to see of image generation before it is trained, and of several runs side by side."""
 
 from typing import Any
 
@@ -6,9 +6,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dblocks_jax.models.dit import DiTBlock, DiTShared
+from dblocks_jax.pages.figures import Figure
+from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.denoiser import denoise
 from dblocks_jax.tasks.generate.sampler import sampler_plan
 from dblocks_jax.tasks.generate.task import Generate
+
+FIGURES = (
+    Figure("loss", "loss", has_spread=True, digits=4),
+    Figure("accuracy_of_samples", "accuracy of samples", is_share=True, has_spread=True),
+    Figure("frechet_judge", "Fréchet, judge", has_spread=True),
+    Figure("frechet_pixels", "Fréchet, pixels", has_spread=True),
+    Figure("kid_judge", "kernel, judge", has_spread=True, digits=4),
+    Figure("nearest_ratio", "nearness", has_spread=True),
+)
+ABOUT_FIGURES = (
+    "Loss is the denoising loss on test images: less is better. Of samples: the share that the judge takes for the "
+    "class asked for; distances of their distribution to that of the training images, less is better; and how near "
+    "they are to training images, in distances to test images, where copies have 0."
+)
+ABOUT_CURVE = "loss on images kept apart"
 
 
 class Step(nnx.Module):
@@ -32,3 +49,19 @@ def step_of(task: Generate, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple
 def levels_of(task: Generate) -> list[float]:
     """The noise levels that the sampler visits."""
     return [float(sigma) for sigma in sampler_plan(task.config)[0]]
+
+
+def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
+    for split in ("val", "test"):
+        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("loss"), int | float)]
+        if scored:
+            return [line["step"] for line in scored], [line["loss"] for line in scored]
+    return [], []
+
+
+def about_images(task: Generate) -> str:
+    """What the network sees of them."""
+    if task.config.dataset == LATENTS:
+        return f"They are latents, which the network sees times {task.config.latent_scale:g}."
+    return "Pixels are scaled to -1..1."

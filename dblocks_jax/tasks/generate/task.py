@@ -1,5 +1,6 @@
 """Labels to images: a DiT whose blocks each denoise an image within their own range of noise."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,7 +86,8 @@ class Generate:
         held_out = make_held_out_loss(self.config, self.corruption, blueprint)
 
         def run(params: dict[str, Params], data: Any, split: str, at_each_batch: Callable[[], None]) -> dict[str, Any]:
-            return held_out(params, data.split(split), at_each_batch)
+            found = held_out(params, data.split(split), at_each_batch)
+            return found if math.isfinite(found["loss"]) else found | {"diverged": True}
 
         return run
 

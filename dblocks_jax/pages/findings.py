@@ -1,0 +1,26 @@
+"""A task's part of the page about a run, and the curves that all tasks have."""
+
+from typing import Any, NamedTuple
+
+from dblocks_jax.pages import charts
+
+
+class Findings(NamedTuple):
+    """What a task has to say of a trained model, for the template report_<task>.html."""
+
+    scores: dict[str, Any]  # as evaluation measures them
+    values: dict[str, Any]  # what the template shows besides
+    charts: dict[str, str]  # SVG by name
+    more: dict[str, Any]  # that the mode's result has besides the scores
+
+
+def block_curves(lines: list[dict[str, Any]], metric: str, ylabel: str, num_blocks: int | None) -> str:
+    """A figure of the log over the steps, a line for each block; `num_blocks` is None where there are none."""
+    lines = [line for line in lines if "blocks" in line]
+    names = sorted({block for line in lines for block in line["blocks"]}, key=int)
+    series = {}
+    for name in names:
+        of_block = [(line["step"], line["blocks"][name].get(metric)) for line in lines if name in line["blocks"]]
+        series["model" if num_blocks is None else f"block {name}"] = tuple(zip(*of_block, strict=True))
+    colors = charts.block_colors(num_blocks or 1)
+    return charts.over_steps(series, [colors[int(name)] for name in names], ylabel)
