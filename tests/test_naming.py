@@ -62,6 +62,7 @@ def test_a_page_shows_names_escaped():
         "dataset": Card((EVIL, "b"), (8, 8, 1), (0.5,), (0.5,)),
         "counts": {"train": [1, 1]},
         "samples": {EVIL: ["data:,"]},
+        "about_images": "",
         "table": "two\nlines",
         "parameters": {"model": 1},
         "noise_ranges": {},
