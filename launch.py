@@ -287,7 +287,9 @@ def _keep_compiled_programs() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        home = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
+        if str(home).startswith("~"):  # a user without a home, as in some containers
+            return
         jax.config.update("jax_compilation_cache_dir", str(home / "dblocks_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # parameters start from many small ones
 

@@ -23,7 +23,10 @@ from runs import command, finish, logged, result_of, saved_steps, wait_until
 from saved import state_of
 
 from configs import dblock_digits
+from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.export import export_run
+from dblocks_jax.modes.load import load_run
+from dblocks_jax.modes.merge import merge
 from dblocks_jax.modes.predict import predict
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.train import train
@@ -527,6 +530,19 @@ def test_no_room_for_what_a_library_writes_is_one_line():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/somewhere")
     with pytest.raises(FileNotFoundError), files.naming_lack_of_room():
         Path("/nowhere").read_text()
+
+
+def test_a_path_that_cannot_be_is_one_line_in_whatever_mode():
+    long = Path("x" * 300)
+    config = dblock_digits.get_config()
+    for look in (
+        lambda: load_run(long, checkpoint="best"),
+        lambda: compare([long], long),
+        lambda: merge([long], long, command=[]),
+        lambda: train(config, long),
+    ):
+        with pytest.raises(UserError, match=r"^cannot use x+\S*: File name too long$"), files.naming_lack_of_room():
+            look()
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,29 @@ def test_a_file_that_is_no_latent_like_the_others_is_one_line(root, split, conte
     assert f"the latent {path}" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_files_that_are_mostly_holes_fill_no_memory(root):
+    """Either takes a block of the disk, and would have taken gigabytes to read, or to write down a mean by channel."""
+    path = root / "train" / "cat" / "0.npy"  # the first: others are compared with it
+    for start, size, message in [
+        (b"\x93NUMPY\x02\x00" + (2**32 - 1).to_bytes(4, "little"), 2**32 + 11, "EOF: reading array header"),
+        (
+            header("(1, 1, 1000000000)", "<f2"),
+            128 + 2 * 10**9,
+            r"\[1, 1, 1000000000\]: it must have at most 16,777,216",
+        ),
+    ]:
+        path.write_bytes(start)
+        os.truncate(path, size)
+        with pytest.raises(UserError, match=message):
+            load(root)
+
+
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there():
+    for name in ("~nobody-of-this-name/latents", "x" * 300):
+        with pytest.raises(UserError, match=f"there is no folder {name}"):
+            load(Path(name))
+
+
 def test_a_pipe_a_folder_or_a_device_is_not_opened(root):
     path = root / "test" / "cat" / "0.npy"
     path.unlink()

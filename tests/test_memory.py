@@ -1,14 +1,17 @@
 """The memory table: exact where it can be counted, bounded where XLA decides."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import classify
+from configs import classify, dit_digits
 from dblocks_jax.modes import memory
-from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table
+from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table, step_memory
 from dblocks_jax.run.devices import naming_lack_of_memory
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.generate.task import GENERATE
 
 
 def sized(**changes):
@@ -41,6 +44,33 @@ def test_parameters_and_moments_are_counted_exactly(rows):
         assert rows[name]["idle"] == 0
 
 
+def test_averages_are_one_more_copy_of_the_parameters_where_they_are_kept():
+    config = dit_digits.get_config()
+    config.update(num_layers=2, num_blocks=2, grow_at=(), hidden_size=12, num_heads=2, intermediate_size=16)
+    found = {}
+    for ema_decay in (0.0, 0.9):
+        config.ema_decay = ema_decay
+        found[ema_decay] = step_memory(GENERATE, config, GENERATE.card_without_data(config))
+    without, with_averages = found.values()
+    assert with_averages.averages == with_averages.parameters == without.parameters and without.averages == 0
+    assert with_averages.total >= without.total + with_averages.averages
+    # Of the block that waits: itself, two moments, the count of its steps, and its average.
+    waits = without.idle - 4
+    assert waits % 3 == 0 and with_averages.idle == 4 + waits // 3 * 4
+
+
+def test_the_table_has_averages_where_there_are_some(monkeypatch, capsys):
+    made_up = Memory(parameters=1, optimizer=2, gradients=1, activations=4, averages=1, total=9, idle=0)
+    monkeypatch.setattr(memory, "step_memory", lambda *_: made_up)
+    assert memory_table(sized(ema_decay=0.9))["rows"]["plain"]["formula"] == 5 * 1 + 4
+    with_averages = capsys.readouterr().out
+    monkeypatch.setattr(memory, "step_memory", lambda *_: replace(made_up, averages=0))
+    assert memory_table(sized())["rows"]["plain"]["formula"] == 4 * 1 + 4
+    without = capsys.readouterr().out
+    assert " averages " in with_averages and "(5P + A) / B" in with_averages
+    assert " averages " not in without and "(4P + A) / B" in without
+
+
 def test_a_block_needs_its_share_of_the_activations(rows):
     """Layers keep as much as they like, the same each, and one being worked on has at most three such arrays more."""
     ratio = rows["DiffusionBlocks"]["total"] / rows["plain"]["total"]
@@ -59,7 +89,7 @@ def test_what_fits_and_the_smallest_number_of_blocks_that_does(monkeypatch, caps
         asked.append(config.num_blocks)
         layers = config.num_layers // (config.num_blocks if config.model_type == "dblock" else 1)
         total = layers * 2**30 // (2 if config.gradient_checkpointing else 1)
-        return Memory(parameters=0, optimizer=0, gradients=0, activations=total, total=total, idle=0)
+        return Memory(parameters=0, optimizer=0, gradients=0, activations=total, averages=0, total=total, idle=0)
 
     monkeypatch.setattr(memory, "step_memory", step_memory)
     fits = memory_table(sized(num_blocks=2), gib=2.0)["fits"]
@@ -75,7 +105,7 @@ def test_what_fits_and_the_smallest_number_of_blocks_that_does(monkeypatch, caps
 
 
 def test_the_formula_is_the_papers():
-    plain = Memory(parameters=100, optimizer=200, gradients=100, activations=800, total=1200, idle=0)
+    plain = Memory(parameters=100, optimizer=200, gradients=100, activations=800, averages=0, total=1200, idle=0)
     rows = {"plain": plain, "DiffusionBlocks": plain}
     assert formula_bytes(rows, "plain", 3) == 1200 and formula_bytes(rows, "DiffusionBlocks", 3) == 400
 

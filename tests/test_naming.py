@@ -4,7 +4,9 @@ import logging
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from absl.testing import flagsaver
+from ml_collections import ConfigDict
 
 import launch
 from configs import dblock_digits
@@ -12,6 +14,7 @@ from dblocks_jax.data.datasets import Card
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.modes.export import model_card
 from dblocks_jax.modes.load import Trained
+from dblocks_jax.modes.sample import find_classes, sample
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.errors import UserError, brief
@@ -60,6 +63,7 @@ def test_a_page_shows_names_escaped():
     values = {
         "name": EVIL,
         "dataset": Card((EVIL, "b"), (8, 8, 1), (0.5,), (0.5,)),
+        "about_images": "",
         "counts": {"train": [1, 1]},
         "samples": {EVIL: ["data:,"]},
         "about_images": "",
@@ -98,3 +102,18 @@ def test_what_the_program_says_and_logs_is_escaped(capsys):
     assert capsys.readouterr().err == f"launch.py: no {shown_lines(EVIL)}\n"
     record = logging.LogRecord("absl", logging.INFO, "x.py", 1, "reading %s", (EVIL,), None)
     assert launch._Safe("%(message)s").format(record) == f"reading {shown_lines(EVIL)}"
+
+
+def test_classes_are_found_by_name_before_number_and_nonsense_is_refused():
+    names = ("2", "cat", "dog")
+    assert find_classes([], names) == [0, 1, 2]
+    assert find_classes(["dog", "2", "1"], names) == [2, 0, 1]
+    for nonsense in ("3", "-1", "", "\N{SUPERSCRIPT TWO}", "1" * 5000):
+        with pytest.raises(UserError, match="there is no class"):
+            find_classes([nonsense], names)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 10**9])
+def test_a_number_of_images_that_cannot_be_made_is_refused_before_the_run_is_read(tmp_path, count):
+    with pytest.raises(UserError, match=r"--count must lie in \[1, 1,000,000\], not"):
+        sample(ConfigDict(), tmp_path, classes=[], count=count, cfg_scale=None, overrides={}, checkpoint="best")

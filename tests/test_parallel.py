@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from saved import state_of
 
-from configs import dblock_digits
+from configs import dblock_digits, dit_digits
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.data.feed import Streamed
 from dblocks_jax.models.vit import Architecture
@@ -24,6 +24,7 @@ from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
+from dblocks_jax.tasks.generate.task import Generate
 from dblocks_jax.training.config import trained_blocks
 from dblocks_jax.training.optimizer import adamw, new_part
 from dblocks_jax.training.setting import new_model
@@ -274,6 +275,39 @@ def test_a_run_side_by_side_is_the_run_in_turn_on_several(tmp_path):
         assert checkpoints.steps()[-1] == 3
     again = run(tiny(block_parallel=True, batch_size=360, dropout=0.1), tmp_path / "once")
     assert again["steps_run"] == 0 and again["top1"] == at_once["top1"]
+
+
+@several
+def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several():
+    """A DiT's isolated blocks, with averages, each on two devices that share its batch: as each alone on one."""
+    config = dit_digits.get_config()
+    config.update(
+        num_layers=BLOCKS, num_blocks=BLOCKS, hidden_size=12, num_heads=2, intermediate_size=16, patch_size=4,
+        sharing="isolated", grow_at=(),
+    )  # fmt: skip
+    task = Generate(config, CARD)
+    blueprint, params = new_model(task, 42)
+    parts = jax.device_get({name: new_part(part, averaged=True) for name, part in params.items()})
+    fixed = {"seed": 0, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate": 1, "ema_decay": 0.9}
+    mesh = make_mesh(BLOCKS)
+    assert dict(mesh.shape) == {"data": 2, "block": 3}
+    together = make_train_step(task, blueprint, **fixed, parallel=Parallel(mesh, isolated=True))
+    active, shares = stacked(parts, blueprint, "isolated", mesh), stack_shares(task.corruption.shares)
+    losses = []
+    for position in range(3):
+        active, log = together(active, batch_on(mesh), steps_of(ALL, shares, position))
+        losses.append(log["loss"][:, 0])
+
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
+    one_by_one = make_train_step(task, blueprint, **fixed)
+    for block, share in enumerate(task.corruption.shares):
+        own = replicate(tuple(parts[name] for name in blueprint.names(block)), alone)
+        for position in range(3):
+            own, log = one_by_one(own, batch_on(alone), steps_of(np.int32(block), share, position))
+            np.testing.assert_allclose(losses[position][block], log["loss"][0], rtol=1e-5)
+        ours = tuple(unstack(part, mesh)[block] for part in active)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(own), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def collectives(program: str) -> set[str]:

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,8 @@ from dblocks_jax.data.sources import Dataset, Source, with_val
 from dblocks_jax.run.errors import UserError, brief
 
 SUFFIX = ".npy"
+LONGEST_HEADER = 1 << 14  # bytes; a header may claim gigabytes, which numpy would read before it refuses them
+MOST_VALUES = 1 << 24  # of a latent; a file that is mostly holes may have any number
 
 Stamp = tuple[int, int]  # a file's size and the time of its last change, in bytes and nanoseconds
 
@@ -83,7 +86,7 @@ def load_latents(data_dir: str, *, scale: float, val_fraction: float, seed: int)
     """
     if not (math.isfinite(scale) and scale > 0):
         raise UserError(f"the scale of latents must be a positive number, not {scale}")
-    root = Path(data_dir).expanduser()
+    root = Path(os.path.expanduser(data_dir))  # ~nobody stays as it is
     own = _find_splits(root, val_fraction)
     class_names = _find_classes(own["train"])
     files = {which: _list_latents(folder, class_names) for which, folder in own.items()}
@@ -100,7 +103,7 @@ def load_latents(data_dir: str, *, scale: float, val_fraction: float, seed: int)
 
 def _find_splits(root: Path, val_fraction: float) -> dict[str, Path]:
     """The folder of each split."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}: set data_dir to the root of your latents")
     own = {which: root / which for which in ("train", "val", "test") if (root / which).is_dir()}
     if "train" not in own:
@@ -198,12 +201,13 @@ def _read_header(path: Path) -> _Header:
         if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
             raise UserError(f"the latent {path} is not a regular file")
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
+            found, head = os.fstat(file.fileno()), BytesIO(file.read(LONGEST_HEADER))
+            version = np.lib.format.read_magic(head)
             if version not in ((1, 0), (2, 0)):  # later ones are for arrays with named fields
                 raise ValueError(f"it is of format {version}")
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-            start, found = file.tell(), os.fstat(file.fileno())
+            shape, fortran, dtype = read(head)
+            start = head.tell()
     except OSError as error:
         raise UserError(f"cannot read the latent {path}: {error.strerror}") from error
     except UserError:
@@ -222,6 +226,8 @@ def _read_header(path: Path) -> _Header:
         )
     if found.st_size - start != math.prod(shape) * dtype.itemsize:
         raise UserError(f"the latent {path} is damaged: it has {found.st_size - start} bytes for a shape {list(shape)}")
+    if math.prod(shape) > MOST_VALUES:
+        raise UserError(f"the latent {path} has shape {list(shape)}: it must have at most {MOST_VALUES:,} values")
     order = "F" if fortran else "C"
     return _Header((height, width, channels), dtype, order, start, (found.st_size, found.st_mtime_ns))
 

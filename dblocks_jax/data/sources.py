@@ -158,9 +158,11 @@ class Dataset(Card):
         """Refuse data of other classes than those that a run was trained on.
 
         Raises:
-          UserError: naming what differs.
+          UserError: naming what differs, or what is saved is none of a data set.
         """
-        was, now = saved["class_names"], list(self.class_names)
+        was, now = saved.get("class_names"), list(self.class_names)
+        if not isinstance(was, list):
+            raise UserError(f"{where} has data.json without class_names: restore it, or use another --workdir")
         if was != now:
             lost, new = [name for name in was if name not in now], [name for name in now if name not in was]
             raise UserError(

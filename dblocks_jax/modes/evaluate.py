@@ -12,6 +12,7 @@ from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
+from dblocks_jax.training.heldout import scorer_of
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
-        found = trained.task.scorer(trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
+        found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
     if trained.entry is GENERATE:
         found |= score_samples(trained, data, workdir)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}

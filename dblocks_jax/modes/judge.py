@@ -1,6 +1,7 @@
 """The frozen classifier whose features and answers score generated images: one of ours, trained if it is not there."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
       UserError: the run that is named is no plain classifier of such images.
     """
     if config.judge:
-        folder = Path(config.judge).expanduser()
+        folder = Path(os.path.expanduser(config.judge))
     else:
         folder = beside / f"judge_{config.dataset}_{config.image_size}"
         wanted = judge_config(config, num_images)

@@ -1,5 +1,6 @@
 """A trained model, ready to use: from a run's folder or from an exported one, without its data."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,24 +19,31 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
-from dblocks_jax.run.devices import make_mesh, on_cpu, replicate
-from dblocks_jax.run.errors import Unusable, UserError, brief
+from dblocks_jax.run.checks import check_fits_host
+from dblocks_jax.run.devices import make_mesh, replicated
+from dblocks_jax.run.errors import Unusable, UserError, brief, naming_malformed
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.regular import check_regular
 from dblocks_jax.run.workdir import CONFIG, read_saved, scores
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry, Task
-from dblocks_jax.training.config import SINCE, arithmetic, check_config, for_evaluation, rest_on_host, trained_blocks
-from dblocks_jax.training.setting import new_model
+from dblocks_jax.training.config import (
+    LARGEST_STEP,
+    SINCE,
+    arithmetic,
+    check_config,
+    for_evaluation,
+    rest_on_host,
+    trained_blocks,
+)
+from dblocks_jax.training.setting import shapes_of
 
 # An exported folder: parameters, and beside them CONFIG with what is needed to use them.
 WEIGHTS = "model.safetensors"
 FOLDER_FORMAT = "dblocks_jax 1"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names there -> names here
 MOST_DIFFERING = 20  # arrays that a message names
-# What a field raises that is missing, not of its type, or nested too deeply.
-MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,10 @@ class Trained:
     task: Task = field(repr=False)
     blueprint: Blueprint = field(repr=False)
     params: dict[str, Params] = field(repr=False)  # by part
+
+    def together(self, block: int) -> tuple[Any, ...]:
+        """The modules that answer together at a block's levels: what is shared, and the block."""
+        return self.blueprint.together([self.params[name] for name in self.blueprint.names(block)])
 
 
 @dataclass(frozen=True)
@@ -121,15 +133,17 @@ def load_classifier(folder: str | Path, checkpoint: str = "best") -> Classifier:
     return Classifier(only(CLASSIFY, load_trained(folder, checkpoint), Path(folder)))
 
 
-def load_trained(folder: str | Path, checkpoint: str = "best") -> Trained:
-    """The trained model of a run or of an exported folder, whatever its task.
+def load_trained(folder: str | Path, checkpoint: str = "best", own: Entry | None = None) -> Trained:
+    """The trained model of a run or of an exported folder, whatever its task. A run of your `own` needs its entry.
 
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     folder = Path(folder)
     with _without_orbax():
-        return load_exported(folder) if (folder / WEIGHTS).exists() else load_run(folder, checkpoint=checkpoint)[0]
+        if (folder / WEIGHTS).exists():
+            return load_exported(folder)
+        return load_run(folder, checkpoint=checkpoint, own=own)[0]
 
 
 def only(entry: Entry, trained: Trained, where: Path) -> Trained:
@@ -151,21 +165,23 @@ def load_exported(folder: Path) -> Trained:
     """
     for name in (WEIGHTS, CONFIG):
         check_regular(folder / name, "the exported file")
-    try:
-        about = read_saved(folder, CONFIG)
-        if not isinstance(about, dict) or about.get("format") != FOLDER_FORMAT:
-            raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
-        config = ConfigDict(SINCE | about["config"])
-        entry, step = entry_of(config), int(about["step"])
-        check_config(entry, config)
+    about = read_saved(folder, CONFIG)
+    if about is None or about.get("format") != FOLDER_FORMAT:
+        raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
+    with naming_malformed(folder / CONFIG):
+        config, step = ConfigDict(SINCE | about["config"]), about["step"]
+        if type(step) is not int or not 0 <= step <= LARGEST_STEP:
+            raise ValueError("its step is none")
+        try:
+            entry = entry_of(config)
+            check_config(entry, config)
+        except UserError as error:
+            raise UserError(f"{folder / CONFIG}: {error}") from error
         card = entry.card(about["data"])
-        with on_cpu():
-            task = entry.make(config, card)
-            blueprint, fresh = new_model(task, config.seed)
-    except MALFORMED as error:
-        raise UserError(f"{folder / CONFIG} cannot be used ({brief(error)})") from error
-    arrays = read_weights(folder / WEIGHTS, {name: describe(array) for name, array in parameter_names(fresh).items()})
-    paths, structure = jax.tree_util.tree_flatten_with_path(fresh)
+        task = entry.make(config, card)
+        blueprint, shapes = shapes_of(task)  # nothing is allocated that the file does not hold
+    arrays = read_weights(folder / WEIGHTS, {name: describe(array) for name, array in parameter_names(shapes).items()})
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
     params = jax.tree.unflatten(structure, [jnp.asarray(arrays[_name(path)]) for path, _ in paths])
     return Trained(entry, config, card, step, task, blueprint, params)
 
@@ -212,10 +228,12 @@ def load_run(
     config: ConfigDict | None = None,
     overrides: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
+    own: Entry | None = None,
 ) -> tuple[Trained, dict[str, Any]]:
     """(a run's model on every device of the mesh, what its checkpoint tells of the run).
 
     `config` supplies fields that an older run did not have, `overrides` are what the command line says of the sampler.
+    `own` is a task that is none of ours.
 
     Raises:
       UserError: there is no such run or checkpoint, it is damaged, or an override contradicts it.
@@ -223,7 +241,8 @@ def load_run(
     if not (workdir / FOLDER).is_dir():
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     of_folder = read_saved(workdir, CONFIG) or {}
-    entry = entry_of(ConfigDict(SINCE | of_folder))
+    with naming_malformed(workdir / CONFIG):
+        entry = entry_of(ConfigDict(SINCE | of_folder), own)
     with (
         Checkpoints(
             workdir,
@@ -235,22 +254,22 @@ def load_run(
     ):
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
-        entry = entry_of(ConfigDict(SINCE | run["config"]))
-        given = ConfigDict(run["config"]) if config is None else config
-        merged = for_evaluation(entry, run["config"], overrides or {}, given)
-        check_config(entry, merged)
-        blocks = trained_blocks(entry, merged)
-        if len(blocks) < entry.num_blocks(merged):
-            raise UserError(
-                f"{workdir} trained only blocks {list(blocks)} of {merged.num_blocks}: join by --mode=merge"
-            )
-        card = entry.card(run["data"])
-        with on_cpu():
+        with naming_malformed(f"what checkpoint {step} of {workdir} tells of its run"):
+            entry = entry_of(ConfigDict(SINCE | run["config"]), own)
+            given = ConfigDict(run["config"]) if config is None else config
+            merged = for_evaluation(entry, run["config"], overrides or {}, given)
+            check_config(entry, merged)
+            blocks = trained_blocks(entry, merged)
+            if len(blocks) < entry.num_blocks(merged):
+                raise UserError(
+                    f"{workdir} trained only blocks {list(blocks)} of {merged.num_blocks}: join by --mode=merge"
+                )
+            card = entry.card(run["data"])
             task = entry.make(merged, card)
-            blueprint, params = new_model(task, merged.seed)
-            params = jax.device_get(params)
+            blueprint, shapes = shapes_of(task)
+        check_fits_host(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)))
         memory = "pinned_host" if rest_on_host(entry, merged) else "device"
-        params = checkpoints.restore_params(step, replicate(params, mesh or make_mesh(), memory))
+        params = checkpoints.restore_params(step, replicated(shapes, mesh or make_mesh(), memory))
     return Trained(entry, merged, card, step, task, blueprint, params), run
 
 

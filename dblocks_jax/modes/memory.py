@@ -35,8 +35,9 @@ class Memory:
     optimizer: int  # its two moments
     gradients: int  # as large as the parameters
     activations: int  # and every other temporary: what XLA reserves at the peak, less the size of the gradients
+    averages: int  # of the parameters, where they are kept
     total: int  # with the batch and everything else that goes in
-    idle: int  # parameters and moments of the blocks that wait, if they wait on the device
+    idle: int  # parameters, moments and averages of the blocks that wait, if they wait on the device
 
 
 def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def step_memory(entry: Entry, config: ConfigDict, card: Any) -> Memory:
         optimizer=_bytes([part.adam for part in parts]),
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
+        averages=_bytes([part.average for part in parts]),
         total=total_bytes(analysis),
         idle=0 if rest_on_host(entry, config) else _bytes(idle),
     )
@@ -96,9 +98,13 @@ def total_bytes(analysis: Any) -> int:
 
 
 def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
-    """The paper's 4P + A, over B for DiffusionBlocks; P and A are the plain model's, A as measured for it."""
+    """The paper's 4P + A, over B for DiffusionBlocks; P and A are the plain model's, A as measured for it.
+
+    Averages of the parameters, which the paper does not count, are one P more.
+    """
     plain = rows["plain + remat" if name.endswith("remat") else "plain"]
-    return (4 * plain.parameters + plain.activations) // (num_blocks if name.startswith("Diffusion") else 1)
+    needed = 4 * plain.parameters + plain.averages + plain.activations
+    return needed // (num_blocks if name.startswith("Diffusion") else 1)
 
 
 def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_blocks: int | None = None) -> ConfigDict:
@@ -162,16 +168,20 @@ def _fits(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory], 
 
 def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]) -> str:
     """The table as text, in MiB, each total also as a multiple of the plain model's."""
-    head = ("parameters", "optimizer", "gradients", "activations", "total", "of plain", "formula", "idle blocks")
-    lines = [f"{'MiB on a device':24s}" + "".join(f"{name:>13s}" for name in head)]
     plain = rows["plain"].total
+    fields = ["parameters", "optimizer", "gradients", "activations", "averages", "total"]
+    if not rows["plain"].averages:
+        fields.remove("averages")
+    head = (*fields, "of plain", "formula", "idle blocks")
+    lines = [f"{'MiB on a device':24s}" + "".join(f"{name:>13s}" for name in head)]
     for name, m in rows.items():
-        sizes = [f"{value / MIB:.1f}" for value in (m.parameters, m.optimizer, m.gradients, m.activations, m.total)]
+        sizes = [f"{getattr(m, field) / MIB:.1f}" for field in fields]
         cells = (*sizes, f"{m.total / plain:.3f}", f"{formula[name] / MIB:.1f}", f"{m.idle / MIB:.1f}")
         lines.append(f"{name:24s}" + "".join(f"{cell:>13s}" for cell in cells))
+    formula_of = "(5P + A) / B" if rows["plain"].averages else "(4P + A) / B"
     lines.append(
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
-        "activations: all temporaries less the gradients; formula: (4P + A) / B with the plain model's P and A."
+        f"activations: all temporaries less the gradients; formula: {formula_of} with the plain model's P and A."
     )
     lines.append(f"Training images on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
     waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, saved_steps
 from dblocks_jax.run.devices import on_cpu
-from dblocks_jax.run.errors import Unsaved, UserError
+from dblocks_jax.run.errors import Unsaved, UserError, naming_malformed
 from dblocks_jax.tasks.table import entry_of
-from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps, trained_blocks
+from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, check_config, count_steps, trained_blocks
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.setting import new_model
 
@@ -82,10 +82,16 @@ def _read(source: Path) -> tuple[ConfigDict, dict[str, Any], int]:
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.find("last")
         run = checkpoints.run(step)
-    config = ConfigDict(SINCE | run["config"])
-    if entry_of(config).num_blocks(config) == 1 or config.get("sharing") != "isolated":
+    with naming_malformed(f"what checkpoint {step} of {source} tells of its run"):
+        config, card = ConfigDict(SINCE | run["config"]), run["data"]
+        entry = entry_of(config)
+        check_config(entry, config)
+        entry.card(card)
+        if type(card["images"]) is not int:
+            raise ValueError("its number of images is none")
+    if entry.num_blocks(config) == 1 or config.sharing != "isolated":
         raise UserError(f"{source} is not a run of isolated blocks (sharing=isolated): there is nothing to merge")
-    return config, run["data"], step
+    return config, card, step
 
 
 def _check_same_model(

@@ -27,6 +27,8 @@ from dblocks_jax.training.config import arithmetic
 FOLDER, GRID, ARRAY = "samples", "samples.png", "samples.npz"
 MOST_IN_GRID = 100
 LARGEST_SCALE = 1000.0
+MOST_IMAGES = 1_000_000  # they are in memory until all are made
+LONGEST_NUMBER = 20  # digits
 
 
 def sample(
@@ -49,8 +51,8 @@ def sample(
       Diverged: the images are not finite.
       Unsaved: they cannot be written.
     """
-    if count < 1:
-        raise UserError(f"--count must be at least 1, not {count}")
+    if not 1 <= count <= MOST_IMAGES:
+        raise UserError(f"--count must lie in [1, {MOST_IMAGES:,}], not {count}")
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     only(GENERATE, trained, workdir)
     labels = share_out(find_classes(classes, trained.card.class_names), count)
@@ -98,7 +100,7 @@ def find_classes(named: Sequence[str], class_names: Sequence[str]) -> list[int]:
     for name in named:
         if name in class_names:
             found.append(class_names.index(name))
-        elif name.isdecimal() and int(name) < len(class_names):
+        elif name.isdecimal() and len(name) < LONGEST_NUMBER and int(name) < len(class_names):
             found.append(int(name))
         else:
             known = ", ".join(shown(each) for each in class_names[:20]) + (", ..." if len(class_names) > 20 else "")

@@ -9,24 +9,33 @@ from ml_collections import ConfigDict
 from dblocks_jax.run.errors import UserError
 
 LARGEST_FLOAT = 1e30  # room to calculate with it in float32
+LARGEST_INT = 2**32 - 1
+# What a field of each type may hold: saved tuples come back as lists, and a whole number will do for a float.
+ACCEPTED = {int: int, float: int | float, bool: bool, str: str, tuple: list | tuple}
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a list"}
 BYTES_PER_PARAMETER = 12  # itself and AdamW's two moments
 
 
 def check_fields(
     config: ConfigDict,
     *,
+    types: Mapping[type, Iterable[str]] = {},
     choices: Mapping[str, Sequence[str]] = {},
     positive: Iterable[str] = (),
     not_negative: Iterable[str] = (),
     below_one: Iterable[str] = (),
     largest: Mapping[str, int] = {},
 ) -> None:
-    """Refuse values outside their range.
+    """Refuse values outside their range. A config may be a stranger's: fields may be missing, or hold anything.
 
     Raises:
       UserError: naming the field, its value and what it must be.
     """
+    for kind, names in types.items():
+        for field in names:
+            _check_type(config, field, kind)
     for field, known in choices.items():
+        _check_there(config, field)
         if config[field] not in known:
             raise UserError(f"{field} is {config[field]!r}; choose one of {', '.join(known)}")
     for field in positive:
@@ -41,6 +50,24 @@ def check_fields(
     for field, most in largest.items():
         if config[field] > most:
             raise UserError(f"{field} must be at most {most}, not {config[field]}")
+
+
+def _check_there(config: ConfigDict, field: str) -> None:
+    if field not in config:
+        raise UserError(f"the config has no field {field}")
+
+
+def _check_type(config: ConfigDict, field: str, kind: type) -> None:
+    _check_there(config, field)
+    value = config[field]
+    if not isinstance(value, ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
+        # What is nested is not shown: it may be too deep for that.
+        found = repr(value)[:80] if isinstance(value, str | float | bool | None) else f"a {type(value).__name__}"
+        raise UserError(f"{field} must be {IN_WORDS[kind]}, not {found}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{field} holds a NUL, which no name or path has")
+    if kind in (int, float) and isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise UserError(f"{field} must be at most {LARGEST_INT}, which it is not by far")
 
 
 def check_finite(config: ConfigDict) -> None:

@@ -60,6 +60,12 @@ def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(), memory_kind=memory), tree)
 
 
+def replicated(shapes: Any, mesh: Mesh, memory: str = "device") -> Any:
+    """Shapes of arrays that are to be placed as `replicate` places them. Nothing is allocated."""
+    sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
 def stack_over_blocks(trees: Sequence[Any], mesh: Mesh) -> Any:
     """Trees of equal shapes, one for each block, as one whose arrays are split by block: [blocks, ...]."""
     sharding = NamedSharding(mesh, PartitionSpec(BLOCK))

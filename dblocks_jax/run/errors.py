@@ -1,6 +1,8 @@
 """How a run may end early: each exception is one line for the user and an exit code of its own."""
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dblocks_jax.run.naming import shown_lines
 
@@ -9,6 +11,10 @@ NOT_FINITE = (
     "the model's answers are not finite numbers: its training diverged. Choose an earlier --checkpoint, or train anew "
     "with a lower lr"
 )
+
+
+# What is raised by a field of a stranger's file that is missing, not of its type, or nested too deeply.
+MALFORMED = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 class UserError(Exception):
@@ -44,6 +50,19 @@ class Stopped(Exception):
     """A signal asked for the end: the state is saved, and the same command goes on from there."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+@contextmanager
+def naming_malformed(what: object) -> Iterator[None]:
+    """Where the fields of a stranger's file, which is `what`, are used for the first time.
+
+    Raises:
+      UserError: a field is missing, or is not what it should be.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        raise UserError(f"{what} cannot be used ({brief(error)})") from error
 
 
 def brief(error: BaseException) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 from absl import logging
 
-from dblocks_jax.run.errors import Unsaved, brief
+from dblocks_jax.run.errors import Unsaved, UserError, brief
 from dblocks_jax.run.processes import is_first
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # whatever was being written, the disk is to blame
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # whatever was asked, the name is
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -70,14 +71,17 @@ def saving(path: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_lack_of_room() -> Iterator[None]:
-    """Wherever else a mode writes, as libraries and what prints do.
+    """Wherever else a mode writes, as libraries and what prints do; and whatever path is looked at, by any mode.
 
     Raises:
       Unsaved: the disk is full or may not be written.
+      UserError: a path cannot be, or may not be looked at.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in NO_PATH and error.filename:
+            raise UserError(f"cannot use {error.filename}: {error.strerror}") from error
         if error.errno not in NO_ROOM:
             raise
         where = f" {error.filename}" if error.filename else ""

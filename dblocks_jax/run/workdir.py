@@ -44,8 +44,8 @@ def read_saved(workdir: Path, name: str) -> dict[str, Any] | None:
         value = json.loads(path.read_text()) if path.is_file() else None  # a named pipe would never end
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}, not an object")
-        if name == DATA and not (isinstance(value.get("class_names"), list) and isinstance(value.get("images"), int)):
-            raise ValueError("it lacks class_names or images")
+        if name == DATA and not isinstance(value.get("images"), int):
+            raise ValueError("it lacks images")
     except (OSError, ValueError, RecursionError) as error:  # the last one of a thousand brackets
         raise UserError(f"{path} cannot be read ({brief(error)}); restore it, or use another --workdir") from None
     return value
@@ -200,7 +200,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def scores(workdir: Path, split: str, name: str) -> dict[int, float]:
     """Step -> a figure of a split, as far as it is on record."""
     of_split = [line for line in logged(workdir) if line.get("split") == split]
-    return {line["step"]: float(line[name]) for line in of_split if isinstance(line.get(name), int | float)}
+    found = {line["step"]: line[name] for line in of_split if isinstance(line.get(name), int | float)}
+    return {step: float(value) for step, value in found.items() if abs(value) <= sys.float_info.max}
 
 
 def shortened(values: list[Any]) -> list[tuple[int, Any]]:

@@ -10,6 +10,10 @@ from dblocks_jax.diffusion.noise import NoiseDistribution
 from dblocks_jax.run.checks import check_fields
 from dblocks_jax.run.errors import UserError
 
+TYPES = {
+    int: ("num_inference_steps",),
+    float: ("gamma", "sigma_min", "sigma_max", "sigma_data", "p_mean", "p_std", "cfg_scale", "class_dropout_prob"),
+}
 CHOICES = {"sampler_spacing": ("cdf", "karras")}
 POSITIVE = ("sigma_min", "sigma_max", "sigma_data", "p_std")
 NOT_NEGATIVE = ("num_inference_steps", "cfg_scale")
@@ -25,7 +29,13 @@ def check_gaussian_fields(config: ConfigDict) -> None:
       UserError: naming the field.
     """
     check_fields(
-        config, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE, largest=LARGEST
+        config,
+        types=TYPES,
+        choices=CHOICES,
+        positive=POSITIVE,
+        not_negative=NOT_NEGATIVE,
+        below_one=BELOW_ONE,
+        largest=LARGEST,
     )
     if not 0 <= config.gamma <= 0.5:
         raise UserError(f"gamma must lie in [0, 0.5], not {config.gamma}")

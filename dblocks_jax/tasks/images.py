@@ -12,6 +12,12 @@ from dblocks_jax.data.datasets import STORED, Card, Dataset, load_dataset
 from dblocks_jax.run.checks import check_divides, check_fields
 from dblocks_jax.run.errors import UserError
 
+TYPES = {
+    int: ("image_size", "patch_size", "crop_padding"),
+    float: ("val_fraction",),
+    bool: ("flip",),
+    str: ("dataset", "data_dir"),
+}
 POSITIVE = ("image_size", "patch_size")
 NOT_NEGATIVE = ("crop_padding",)
 LARGEST = {"image_size": 4096}
@@ -24,7 +30,7 @@ def check_image_fields(config: ConfigDict) -> None:
     Raises:
       UserError: naming the field.
     """
-    check_fields(config, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
+    check_fields(config, types=TYPES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
     if not 0 <= config.val_fraction <= 0.5:
         raise UserError(f"val_fraction must lie in [0, 0.5], not {config.val_fraction}")
     if config.crop_padding > config.image_size:

@@ -13,12 +13,14 @@ TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE)}
 SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it
 
 
-def entry_of(config: ConfigDict) -> Entry:
-    """The task that a config names.
+def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
+    """The task that a config names: one of ours, or your `own`.
 
     Raises:
       UserError: there is none of that name.
     """
-    if config.task not in TASKS:
+    if own is not None and config.task == own.name:
+        return own
+    if not isinstance(config.task, str) or config.task not in TASKS:
         raise UserError(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
     return TASKS[config.task]

@@ -82,7 +82,10 @@ class MainScore:
 
 @runtime_checkable
 class Task(Protocol):
-    """One of the paper's experiments, for given data and sizes. A plain network has one part and no corruption."""
+    """One of the paper's experiments, for given data and sizes. A plain network has one part and no corruption.
+
+    A task that inherits from this need not write what has a body here.
+    """
 
     @property
     def corruption(self) -> Any:
@@ -90,7 +93,9 @@ class Task(Protocol):
         ...
 
     @property
-    def weighting(self) -> Weighting: ...
+    def weighting(self) -> Weighting:
+        """How the losses' weights count: see `weighted_loss`."""
+        return "per_sample"
 
     def modules(self, key: Key[Array, ""]) -> dict[str, Any]:
         """A fresh model by part: see `Blueprint`."""
@@ -98,38 +103,63 @@ class Task(Protocol):
 
     def prepare(self, key: Key[Array, ""], batch: Any) -> Any:
         """What becomes of a batch on the device before anything is learned from it."""
-        ...
+        return batch
 
     def batch_shapes(self, count: int) -> Any:
-        """The shapes of a batch of so many examples."""
+        """The shapes of a batch of so many examples; only `--mode=memory` asks."""
         ...
 
     def losses(self, modules: tuple[Any, ...], example: Any, level: Array | None, draws: Draws) -> Losses:
         """What one block's modules make of an example at these levels. `draws.level` is spent."""
         ...
 
-    def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
-        """How a model is judged while it trains and at the end; the main score is among the figures."""
-        ...
+    def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer | None:
+        """How a model is judged while it trains and at the end; the main score is among the figures.
+
+        None: by its own loss on held-out examples, see `dblocks_jax/training/heldout.py`.
+        """
+        return None
 
     def tell(self, scores: dict[str, Any]) -> str:
         """A line of the log about scores."""
-        ...
+        return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
+
+
+def nothing(*_: Any) -> None:
+    """What a task says that has nothing to say."""
+
+
+def num_blocks_field(config: ConfigDict) -> int:
+    """The field `num_blocks`."""
+    return config.num_blocks
+
+
+def in_words(config: ConfigDict) -> str:
+    """How many blocks there are."""
+    return "one block" if config.num_blocks == 1 else f"DiffusionBlocks, {config.num_blocks} blocks"
+
+
+def as_one_block(config: ConfigDict) -> ConfigDict:
+    """The same layers, trained end to end."""
+    other = ConfigDict(config.to_dict())
+    other.update(num_blocks=1, block_parallel=False, train_blocks=(), sharing="shared", idle_blocks="device")
+    other.update(grow_at=(), begin_from="")
+    return other
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What can be said of a task by its config alone."""
+    """What can be said of a task by its config alone. What has a default need not be said."""
 
     name: str  # of the task
-    check: Callable[[ConfigDict], None]  # refuses fields that cannot work, before anything is read
-    num_blocks: Callable[[ConfigDict], int]  # 1 for a plain network
-    find_data: Callable[..., Any]  # Data: (config, *, may_prepare)
-    card: Callable[[dict[str, Any]], Any]  # of the data, from what a run has saved of them
-    card_without_data: Callable[[ConfigDict], Any]  # as far as it is known without reading them
+    find_data: Callable[..., Any]  # Data: (config), and, of what is prepared at its first use, (*, may_prepare)
     make: Callable[[ConfigDict, Any], Task]  # (config, card)
-    describe: Callable[[ConfigDict], str]  # the model in words
-    plain: Callable[[ConfigDict], ConfigDict]  # the plain network to compare with
-    main_score: MainScore
-    warn: Callable[[ConfigDict, ConfigDict], None]  # (as it was trained, as it is used): what does not go together
+    main_score: MainScore = MainScore("loss", more_is_better=False)
+    check: Callable[[ConfigDict], None] = nothing  # refuses fields that cannot work, before anything is read
+    num_blocks: Callable[[ConfigDict], int] = num_blocks_field  # 1 for a plain network
+    card: Callable[[dict[str, Any]], Any] = nothing  # of the data, from what a run has saved of them
+    card_without_data: Callable[[ConfigDict], Any] = nothing  # as far as it is known without reading them
+    describe: Callable[[ConfigDict], str] = in_words  # the model in words
+    plain: Callable[[ConfigDict], ConfigDict] = as_one_block  # the plain network to compare with
+    warn: Callable[[ConfigDict, ConfigDict], None] = nothing  # (as it was trained, as it is used): what does not fit
     sampler_fields: tuple[str, ...] = ()  # that only answering reads: a trained model may be used with others

@@ -1,14 +1,15 @@
 """The parts that a run begins with: fresh ones, or copies of another run's."""
 
+import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.run.checkpoint import Checkpoints, differences, saved_steps, shapes_by_path
-from dblocks_jax.run.errors import UserError
-from dblocks_jax.training.config import SINCE
+from dblocks_jax.run.errors import UserError, naming_malformed
+from dblocks_jax.training.config import SINCE, check_config
 from dblocks_jax.training.optimizer import Part
 from dblocks_jax.training.setting import Setting, fresh_parts
 
@@ -23,7 +24,7 @@ def begin(setting: Setting) -> dict[str, Part]:
     source = setting.config.begin_from
     if not source or saved_steps(setting.workdir):  # what is there already goes on
         return fresh
-    return _copies(setting, fresh, Path(source).expanduser())
+    return _copies(setting, fresh, Path(os.path.expanduser(source)))  # ~nobody stays as it is
 
 
 def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str, Part]:
@@ -33,16 +34,22 @@ def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str,
     with Checkpoints(source, read_only=True) as checkpoints:
         step = checkpoints.find("last")
         about = checkpoints.run(step)
-        config = ConfigDict({**setting.config.to_dict(), **SINCE, **about["config"]})
-        if config.task != setting.config.task:
-            raise UserError(f"begin_from: {source} is of the task {config.task}, not of {setting.config.task}")
-        task = setting.entry.make(config, setting.entry.card(about["data"]))
-        parts = checkpoints.restore(step, fresh_parts(setting.entry, config, task))
-    copies = setting.grow(parts, list(fresh))
+        with naming_malformed(f"begin_from: what checkpoint {step} of {source} tells of its run"):
+            config = ConfigDict({**setting.config.to_dict(), **SINCE, **about["config"]})
+            if config.task != setting.config.task:
+                raise UserError(f"begin_from: {source} is of the task {config.task}, not of {setting.config.task}")
+            check_config(setting.entry, config)
+            task = setting.entry.make(config, setting.entry.card(about["data"]))
+            smaller = fresh_parts(setting.entry, config, task)
+        parts = checkpoints.restore(step, smaller)
     if setting.config.ema_decay == 0:
-        copies = {name: part._replace(average=()) for name, part in copies.items()}
+        parts = {name: part._replace(average=()) for name, part in parts.items()}
     elif config.ema_decay == 0:
-        copies = {name: part._replace(average=jax.tree.map(jnp.copy, part.params)) for name, part in copies.items()}
+        parts = {name: part._replace(average=jax.tree.map(np.copy, part.params)) for name, part in parts.items()}
+    try:
+        copies = setting.grow(parts, fresh, before=config, after=setting.stages[0].config)
+    except UserError as error:
+        raise UserError(f"begin_from: {source}: {error}") from error
     differing = differences(expected=shapes_by_path(fresh), found=shapes_by_path(copies))
     if differing:
         raise UserError(

@@ -15,7 +15,19 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.curriculum import BLOCK_SCHEDULES, Curriculum
 from dblocks_jax.training.optimizer import learning_rate
+from dblocks_jax.training.stages import block_counts
 
+TYPES = {
+    int: (
+        "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_blocks", "num_epochs", "max_steps",
+        "batch_size", "accumulate_grad_batches", "num_warmup_steps", "chunk_steps", "steps_per_call", "seed",
+        "eval_batch_size", "save_every_n_epochs", "max_bad_steps", "save_top_k", "log_every_n_steps",
+    ),
+    float: ("lr", "weight_decay", "clip_norm", "ema_decay"),
+    bool: ("gradient_checkpointing", "block_parallel", "wandb"),
+    str: ("scheduler_type", "scheduler_specific_kwargs", "begin_from", "postfix"),
+    tuple: ("train_blocks", "grow_at"),
+}  # fmt: skip
 CHOICES = {
     "block_schedule": BLOCK_SCHEDULES,
     "idle_blocks": ("device", "host"),
@@ -54,16 +66,22 @@ def check_config(entry: Entry, config: ConfigDict) -> None:
     """
     check_finite(config)
     check_fields(
-        config, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, below_one=BELOW_ONE, largest=LARGEST
+        config,
+        types=TYPES,
+        choices=CHOICES,
+        positive=POSITIVE,
+        not_negative=NOT_NEGATIVE,
+        below_one=BELOW_ONE,
+        largest=LARGEST,
     )
     if config.hidden_size % config.num_heads:
         raise UserError(f"num_heads={config.num_heads} must divide hidden_size={config.hidden_size}")
     entry.check(config)
-    _check_blocks(config)
+    _check_blocks(entry, config)
     schedule(config, updates=1)
 
 
-def _check_blocks(config: ConfigDict) -> None:
+def _check_blocks(entry: Entry, config: ConfigDict) -> None:
     if config.block_parallel and config.block_schedule != "random":
         raise UserError(
             f"block_parallel trains all blocks at once: block_schedule={config.block_schedule} has no meaning"
@@ -77,6 +95,12 @@ def _check_blocks(config: ConfigDict) -> None:
         raise UserError("train_blocks needs sharing=isolated: blocks that share parameters cannot be trained apart")
     if chosen and config.block_parallel:
         raise UserError("train_blocks and block_parallel exclude each other: the one trains apart, the other together")
+    if config.grow_at and (chosen or config.block_parallel):
+        raise UserError(
+            f"grow_at excludes {'train_blocks' if chosen else 'block_parallel'}, for it begins with one block alone: "
+            "train that by a run of its own, and name its folder as begin_from"
+        )
+    block_counts(config, entry.num_blocks(config))
 
 
 def trained_blocks(entry: Entry, config: ConfigDict) -> tuple[int, ...]:
@@ -150,15 +174,15 @@ def schedule(config: ConfigDict, updates: int):
 def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> None:
     """Refuse to go on in a workdir whose run had another config.
 
-    Fields in FREE_TO_CHANGE may differ; `num_epochs` and `max_steps` may grow where neither the learning rate nor the
-    order of the blocks depends on the run's length.
+    Fields in FREE_TO_CHANGE may differ; `num_epochs` and `max_steps` may grow where neither the learning rate, nor the
+    order of the blocks, nor when they are divided depends on the run's length.
 
     Raises:
       UserError: naming each field that differs, with both values.
     """
     saved, now = _as_saved(SINCE | saved), _as_saved(config.to_dict())
-    grows = config.scheduler_type == "constant_with_warmup" and config.block_schedule == "random"
-    may_grow = ("num_epochs", "max_steps") if grows else ()
+    is_open = config.scheduler_type == "constant_with_warmup" and config.block_schedule == "random"
+    may_grow = ("num_epochs", "max_steps") if is_open and not config.grow_at else ()
     differing = [
         f"{field} was {saved.get(field, 'absent')!r}, is {now.get(field, 'absent')!r}"
         for field in sorted(saved.keys() | now.keys())

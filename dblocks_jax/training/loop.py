@@ -105,8 +105,8 @@ class Trainer:
         if following is self.stage:
             return
         self.progress.flush()
-        names = list(self.model_of(following).blueprint.parts)
-        grown = self.setting.grow(self.residence.parts(), names)
+        names = self.model_of(following).blueprint.parts
+        grown = self.setting.grow(self.residence.parts(), names, before=self.stage.config, after=following.config)
         logging.info("step %d: %d blocks from now on", self.step, self.model_of(following).blueprint.num_blocks)
         self.stage = following
         self.residence = self._settle(grown)
@@ -336,7 +336,7 @@ def parts_like(setting: Setting, first: dict[str, Part], step: int) -> dict[str,
 def train(
     entry: Entry,
     config: ConfigDict,
-    workdir: Path,
+    workdir: str | Path,
     *,
     command: list[str] | None = None,
     overrides: dict[str, Any] | None = None,
@@ -357,11 +357,11 @@ def train(
     if config.wandb:
         check_wandb()
     with arithmetic(config), ExitStack() as held:
-        setting = prepare(entry, config, workdir)
+        setting = prepare(entry, config, Path(workdir))
         opened = open_run(setting, held, command=command or [], overrides=overrides or {})
         if is_first():
             print(overview(setting, opened.step), file=sys.stderr)
-        logs = Logs(workdir, start=opened.step, wandb=config.wandb, config=config.to_dict())
+        logs = Logs(setting.workdir, start=opened.step, wandb=config.wandb, config=config.to_dict())
         held.callback(logs.close)
         display = held.enter_context(Display(total_steps=setting.length.steps, start=opened.step))
         trainer = Trainer(setting, opened, logs, display, stop or Stop())

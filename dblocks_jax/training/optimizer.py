@@ -60,8 +60,9 @@ def adamw(
     """One AdamW update of all `parts`, their gradients clipped to a common global norm: (parts, norm before clipping).
 
     Decoupled decay on every parameter: p -= lr * (adam(g) + weight_decay * p). Without `is_sound`, or where the norm is
-    not finite, nothing changes. Averages follow: a = ema_decay * a + (1 - ema_decay) * p. `combine` is applied to the
-    clipped gradients: where others train at the same time, their gradients of common parts come in here.
+    not finite, nothing changes. Averages follow: a = d * a + (1 - d) * p, where d = min(ema_decay, (1 + t) / (10 + t))
+    in update t (from 1) of a part. `combine` is applied to the clipped gradients: where others train at the same time,
+    their gradients of common parts come in here.
     """
     norm = optax.tree.norm(grads)
     is_sound = is_sound & jnp.isfinite(norm)

@@ -1,6 +1,6 @@
 """All that is known of a run before its folder is touched: data, length, stages, and a fresh model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from dblocks_jax.training.config import (
     rest_on_host,
     trained_blocks,
 )
+from dblocks_jax.training.heldout import scorer_of
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.stages import Stage, divide, make_stages
 
@@ -83,18 +84,20 @@ class Setting:
         """The model of a stage, without numbers."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
         blueprint = shapes_of(task)[0]
-        return Model(stage, task, blueprint, task.scorer(blueprint, self.mesh))
+        return Model(stage, task, blueprint, scorer_of(task, blueprint, self.mesh))
 
     def fresh(self, stage: Stage) -> dict[str, Part]:
         """New parts of a stage, as far as they are trained here, placed where they wait."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
         return replicate(fresh_parts(self.entry, stage.config, task), self.mesh, self.memory)
 
-    def grow(self, parts: dict[str, Part], names: list[str]) -> dict[str, Part]:
-        """The parts `names` of a larger model, each a copy, with moments and average, of what it begins as."""
-        origin = divide(parts, names)
+    def grow(
+        self, parts: dict[str, Part], names: Iterable[str], *, before: ConfigDict, after: ConfigDict
+    ) -> dict[str, Part]:
+        """The parts `names` of the model `after`, each a copy, with moments and average, of what it is in `before`."""
+        origin = divide(parts, names, before=self.entry.num_blocks(before), after=self.entry.num_blocks(after))
         on_host = jax.device_get(parts)
-        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in names}
+        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in origin}
 
 
 def new_model(task: Task, seed: int) -> tuple[Blueprint, dict[str, Params]]:

@@ -1,6 +1,6 @@
 """Growing: one block first, on the whole corruption; then copies of it, each on its share; and so on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,7 +48,7 @@ def block_counts(config: ConfigDict, num_blocks: int) -> list[int]:
     shares = list(config.grow_at)
     if not shares:
         return [num_blocks]
-    ascending = all(isinstance(share, int | float) for share in shares) and shares == sorted(set(shares))
+    ascending = all(type(share) in (int, float) for share in shares) and shares == sorted(set(shares))
     if not (ascending and shares[0] > 0 and shares[-1] < 1):
         raise UserError(f"grow_at must be ascending shares of the steps between 0 and 1, not {config.grow_at}")
     factor = round(num_blocks ** (1 / len(shares)))
@@ -86,17 +86,18 @@ def make_stages(entry: Entry, config: ConfigDict, curriculum_of: Any, total_step
     return stages
 
 
-def divide(parts: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
-    """For each of the parts `names` of a larger model the part whose copy it begins as.
+def divide(parts: Iterable[str], names: Iterable[str], *, before: int, after: int) -> dict[str, str]:
+    """For each of the parts `names`, of a model of `after` blocks, the one of `parts` whose copy it begins as.
 
-    Block j of C begins as block j * c // C of the c that are there, whose share of the corruption holds its own. What
-    all blocks share stays what it is; where it is every block's own, that of the block is copied.
+    `parts` are of a model of `before` blocks. Block j begins as block j * before // after, whose share of the
+    corruption holds its own. What all blocks share stays what it is; where it is every block's own, that of the block
+    is copied.
 
     Raises:
-      UserError: the smaller model has no such part.
+      UserError: the numbers of blocks do not fit, or the smaller model has no such part.
     """
-    before = max(1, sum(name.startswith("block_") for name in parts))
-    after = max(1, sum(name.startswith("block_") for name in names))
+    if after % before:
+        raise UserError(f"{before} blocks cannot be divided into {after}")
     origin = {}
     for name in names:
         kind, _, number = name.partition("_")

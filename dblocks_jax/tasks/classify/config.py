@@ -10,6 +10,7 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_noise
 from dblocks_jax.tasks.images import check_image_fields, weights_of_transformer
 
+TYPES = {float: ("dropout", "init_noise_scale"), bool: ("open_gates", "resized_crop", "add_rand_aug")}
 CHOICES = {
     "model_type": ("vit", "dblock"),
     "pool": ("cls", "mean"),
@@ -27,7 +28,7 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: naming the field, its value and what it must be.
     """
-    check_fields(config, choices=CHOICES, not_negative=NOT_NEGATIVE, below_one=("dropout",))
+    check_fields(config, types=TYPES, choices=CHOICES, not_negative=NOT_NEGATIVE, below_one=("dropout",))
     check_gaussian_fields(config)
     check_image_fields(config)
     if config.model_type == "dblock":

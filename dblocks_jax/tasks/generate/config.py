@@ -12,6 +12,7 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks import images
 from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_noise, gaussian
 
+TYPES = {int: ("score_samples",), float: ("latent_scale",), str: ("judge",)}
 CHOICES = {"partition": ("mass", "log"), "solver": ("euler", "heun")}
 POSITIVE = ("num_inference_steps", "latent_scale")
 NOT_NEGATIVE = ("score_samples",)
@@ -28,9 +29,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: naming the field, its value and what it must be.
     """
-    check_fields(config, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
     check_gaussian_fields(config)
     images.check_image_fields(config)
+    check_fields(config, types=TYPES, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
     check_divides(config, "num_blocks", "num_layers")
     if config.hidden_size % 4:
         raise UserError(
@@ -52,14 +53,6 @@ def num_blocks(config: ConfigDict) -> int:
 def describe(config: ConfigDict) -> str:
     """The model in words."""
     return "plain DiT" if config.num_blocks == 1 else f"DiffusionBlocks of a DiT, {config.num_blocks} blocks"
-
-
-def plain(config: ConfigDict) -> ConfigDict:
-    """The plain DiT to compare with: the same layers as one block."""
-    other = ConfigDict(config.to_dict())
-    other.update(num_blocks=1, block_parallel=False, train_blocks=(), sharing="shared", idle_blocks="device")
-    other.update(grow_at=(), begin_from="")
-    return other
 
 
 def warn(trained: ConfigDict, used: ConfigDict) -> None:

@@ -1,5 +1,6 @@
 """The denoising loss on images that a model was not trained on: one number of little noise, without sampling."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ def make_held_out_loss(
     """Build (parameters, split, what to call at each batch) -> {"loss", "loss_by_block", "num_images"}.
 
     w(sigma) |D - y|^2, as EDM weighs it, the mean over LEVELS levels and at most MOST_IMAGES images, of known class.
-    Each level is asked of the block that owns it. Noise is a function of the image's place and the level alone, so it
-    is the same for every model.
+    Each level is asked of the block that owns it; one that owns none has no number. Noise is a function of the image's
+    place and the level alone, so it is the same for every model.
     """
     levels = held_out_levels(corruption.noise)
     owners = corruption.owners(levels)
@@ -67,7 +68,8 @@ def make_held_out_loss(
                 positions = places.astype(np.int32)
                 sums[index].append(losses(together, batch["image"], batch["label"], positions, sigma, np.int32(index)))
         means = np.array([np.sum(np.float64(jax.device_get(each))) for each in sums]) / count
-        by_block = [float(means[np.array(owners) == block].mean()) for block in range(corruption.num_blocks)]
+        of_blocks = [means[np.array(owners) == block] for block in range(corruption.num_blocks)]
+        by_block = [float(of_one.mean()) if of_one.size else math.nan for of_one in of_blocks]
         return {"num_images": int(count), "loss": float(means.mean()), "loss_by_block": by_block}
 
     return run

@@ -106,7 +106,6 @@ GENERATE = Entry(
     card_without_data=fields.card_without_data,
     make=Generate,
     describe=fields.describe,
-    plain=fields.plain,
     main_score=MainScore("loss", more_is_better=False),
     warn=fields.warn,
     sampler_fields=fields.SAMPLER_FIELDS,

@@ -1,0 +1,165 @@
+"""Checkpoints, configs and exports whose maker meant harm: well-formed, their checksums right, their fields not."""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from runs import TINY
+
+from configs import classify, dblock_digits, dit_digits, generate
+from dblocks_jax.modes import load
+from dblocks_jax.modes.load import load_run
+from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.run.checks import check_fields
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.workdir import METRICS, scores, write_json
+from dblocks_jax.tasks.classify import config as classify_fields
+from dblocks_jax.tasks.gaussian import TYPES as GAUSSIAN
+from dblocks_jax.tasks.generate import config as generate_fields
+from dblocks_jax.tasks.images import TYPES as IMAGES
+from dblocks_jax.tasks.table import TASKS, entry_of
+from dblocks_jax.training import config as common_fields
+from dblocks_jax.training.setting import fresh_parts
+
+STEP = 7
+CARD = {"class_names": list("0123456789"), "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5], "images": 1437}
+
+
+def tiny(of: ConfigDict, **fields: object) -> ConfigDict:
+    of.update(TINY | fields)
+    return of
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[str, Path]:
+    """A run of each task, saved and never trained."""
+    folders = {}
+    for config in (tiny(dblock_digits.get_config()), tiny(dit_digits.get_config(), grow_at=(), ema_decay=0.0)):
+        folder, entry = tmp_path_factory.mktemp(config.task), entry_of(config)
+        write_json(folder / "config.json", config.to_dict())
+        with Checkpoints(folder) as checkpoints:
+            parts = fresh_parts(entry, config, entry.make(config, entry.card(CARD)))
+            checkpoints.save(STEP, parts, {"config": config.to_dict(), "data": CARD})
+        folders[config.task] = folder
+    return folders
+
+
+def forge(sound: Path, folder: Path, change: Callable[[dict], object]) -> Path:
+    """A copy whose checkpoint tells something else of its run, under the right checksum."""
+    shutil.copytree(sound, folder)
+    path = folder / "state" / str(STEP) / "run" / "metadata"
+    record = json.loads(path.read_text())
+    change(record["run"])
+    record["checksums"]["run"] = zlib.crc32(json.dumps(record["run"], sort_keys=True).encode())
+    path.write_text(json.dumps(record))
+    (folder / "config.json").write_text(json.dumps(record["run"].get("config", {})))
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_sound_run_is_what_the_forged_ones_differ_from(sound, task):
+    trained, _ = load_run(sound[task], checkpoint="best")
+    assert trained.step == STEP
+    with Checkpoints(sound[task], read_only=True) as checkpoints:
+        config = trained.config
+        fresh = fresh_parts(trained.entry, config, trained.task)
+        saved = checkpoints.restore(STEP, fresh)
+    for name, part in saved.items():
+        jax.tree.map(np.testing.assert_array_equal, part.params, trained.params[name])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_field_of_another_type_gets_past_the_check(task):
+    """Each field of a config, with each type that is not its own; and missing."""
+    entry = TASKS[task]
+    sound = tiny({"classify": dblock_digits, "generate": dit_digits}[task].get_config())
+    entry_of(sound)
+    common_fields.check_config(entry, sound)
+    kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (list, tuple)}
+    wrong = ["7", "", 7, 7.5, True, None, [], [[7]], {"a": 1}, 10**400]
+    for field in sound:
+        own = kinds[type(sound[field])]
+        for value in [each for each in wrong if type(each) not in own]:
+            config = ConfigDict({**sound.to_dict(), field: value})
+            with pytest.raises(UserError, match=field):
+                common_fields.check_config(entry_of(config), config)
+        if field != "task":
+            config = ConfigDict({name: value for name, value in sound.to_dict().items() if name != field})
+            with pytest.raises(UserError, match=f"no field {field}"):
+                common_fields.check_config(entry, config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "own"), [(classify, classify_fields), (generate, generate_fields)], ids=["classify", "generate"]
+)
+def test_every_field_has_a_type_or_choices_of_the_kind_of_its_default(fields, own):
+    kinds = {}
+    for types in (common_fields.TYPES, GAUSSIAN, IMAGES, own.TYPES):
+        kinds |= {name: kind for kind, names in types.items() for name in names}
+    for name, default in fields.get_config().items():
+        assert name == "task" or kinds.get(name, str) is type(default), name
+
+
+def test_whole_numbers_too_large_for_an_array_are_refused():
+    types = {int: ("n",), float: ("x",)}
+    check_fields(ConfigDict({"n": 2**32 - 1, "x": -(2**32 - 1)}), types=types)
+    for name in ("n", "x"):
+        with pytest.raises(UserError, match=f"{name} must be at most"):
+            check_fields(ConfigDict({"n": 1, "x": 1} | {name: 10**400}), types=types)
+
+
+HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
+    "a number that is a text": (lambda run: run["config"].update(hidden_size="12"), "hidden_size must be a whole num"),
+    "half a head": (lambda run: run["config"].update(num_heads=1.5), "num_heads must be a whole number"),
+    "a batch of 2.5": (lambda run: run["config"].update(eval_batch_size=2.5), "eval_batch_size must be a whole number"),
+    "a folder that is a list": (lambda run: run["config"].update(data_dir=["/"]), "data_dir must be a text"),
+    "a folder with a NUL": (lambda run: run["config"].update(data_dir="a\0b"), "data_dir holds a NUL"),
+    "a task that is a table": (lambda run: run["config"].update(task={"a": 1}), "choose one of classify, generate"),
+    "a name with dots": (lambda run: run["config"].update({"a.b": 1}), "cannot be used"),
+    "a name of Python's": (lambda run: run["config"].update(__class__=1), "cannot be used"),
+    "no config": (lambda run: run.pop("config"), "cannot be used"),
+    "a config that is a list": (lambda run: run.update(config=[1]), "cannot be"),
+    "no data": (lambda run: run.pop("data"), "cannot be used"),
+    "classes that are numbers": (lambda run: run["data"].update(class_names=[1, 2]), "class_names that are no names"),
+    "a step too few": (lambda run: run["config"].update(num_layers=4), "does not fit this model"),
+    "classes that no array belongs to": (
+        lambda run: run["data"].update(class_names=["x"] * 10**5),
+        "does not fit this model",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_forged_checkpoint_is_answered_in_words(sound, tmp_path, task, what):
+    change, message = HOSTILE[what]
+    folder = forge(sound[task], tmp_path / "run", change)
+    with pytest.raises(UserError, match=message):
+        load_run(folder, checkpoint="best")
+
+
+def test_a_model_larger_than_memory_is_refused_before_any_of_it_exists(sound, tmp_path, monkeypatch):
+    """The check of the config counts layers; embeddings of the classes of a forged data card come on top."""
+    folder = forge(sound["classify"], tmp_path / "run", lambda run: None)
+    monkeypatch.setattr(Checkpoints, "restore_params", lambda *_: pytest.fail("it was going to be read"))
+    available = 12 * 3729  # bytes: the tiny model has one parameter more
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": available}[name])
+    monkeypatch.setattr(load, "check_config", lambda entry, config: None)
+    with pytest.raises(UserError, match=r"needs .* of the host's memory"):
+        load_run(folder, checkpoint="best")
+
+
+def test_scores_on_record_that_no_float_can_hold_are_left_out(tmp_path):
+    lines = [
+        {"step": 1, "split": "val", "top1": 10**400},
+        {"step": 2, "split": "val", "top1": 0.5},
+        {"step": 3, "split": "val", "top1": -(10**400)},
+    ]
+    (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert scores(tmp_path, "val", "top1") == {2: 0.5}
