@@ -196,6 +196,10 @@ def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_pat
         named = [entry for entry in skipped if entry["block"] == block]
         assert all(0.002 <= entry["level"] <= 80 for entry in named)
     assert saved_steps(tmp_path)  # steps that changed nothing are no reason to lose them
+    left = json.loads((tmp_path / "train.json").read_text())
+    assert left["diverged"] is True and left["checkpoint"] == saved_steps(tmp_path)[-1] <= left["step"]
+    [group] = compare([tmp_path], tmp_path)["groups"]  # lists it
+    assert group["diverged"] == [str(tmp_path)] and group["accuracy"] == "diverged"
 
 
 def test_a_sound_run_counts_nothing(tmp_path):
