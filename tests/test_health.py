@@ -21,7 +21,7 @@ from dblocks_jax.modes.report import report
 from dblocks_jax.modes.train import train
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.devices import BLOCK, make_mesh
-from dblocks_jax.run.errors import Diverged
+from dblocks_jax.run.errors import Diverged, UserError
 from dblocks_jax.tasks.classify.scores import metrics
 from dblocks_jax.tasks.task import Losses
 from dblocks_jax.training.health import Health
@@ -196,6 +196,10 @@ def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_pat
         named = [entry for entry in skipped if entry["block"] == block]
         assert all(0.002 <= entry["level"] <= 80 for entry in named)
     assert saved_steps(tmp_path)  # steps that changed nothing are no reason to lose them
+    left = json.loads((tmp_path / "train.json").read_text())
+    assert left["diverged"] is True and left["checkpoint"] == saved_steps(tmp_path)[-1] <= left["step"]
+    [group] = compare([tmp_path], tmp_path)["groups"]  # lists it
+    assert group["diverged"] == [str(tmp_path)] and group["accuracy"] == "diverged"
 
 
 def test_a_sound_run_counts_nothing(tmp_path):
@@ -274,3 +278,9 @@ def test_a_checkpoint_without_answers_is_never_the_best(tmp_path):
     line = {"step": 4, "split": "val", **found, "cross_entropy": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert run_folder.scores(tmp_path, "val", "top1") == {4: 0.0}
+
+
+@pytest.mark.parametrize("record", [[1], None, {"total": {"0": "x"}}, {"total": 1}, {"in_a_row": {"0": None}}])
+def test_a_forged_record_of_skipped_steps_is_refused(record):
+    with pytest.raises(UserError, match="what the checkpoint tells of skipped steps cannot be used"):
+        Health(3, record)

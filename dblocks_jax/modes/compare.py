@@ -32,6 +32,7 @@ from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps
 PAGE = "compare.html"
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
 LONGEST_NAME = 24
+UNLIMITED = 100_000  # columns
 OF_ONES_OWN = ("folder", "latents")  # data sets that a folder names
 # Which say nothing about the method: runs that differ in these belong together.
 # "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
@@ -276,9 +277,14 @@ def how_many(each: Group) -> str:
 def _print(title: str, groups: Sequence[Group], figures: Sequence[Figure], cells: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, title=Text(shown(title), "bold") if title else None, title_justify="left")
     main, *others = (figure.words for figure in figures)
-    for name in ("", main, "seeds", *others):
+    for name in ("", main, "seeds"):
         table.add_column(name, no_wrap=True)
+    for name in others:  # a narrow terminal breaks their lines, which cuts nothing
+        table.add_column(name)
     table.add_column("setting", overflow="fold")  # whole, however long
     for i, (each, (score, *rest)) in enumerate(zip(groups, cells, strict=True), 1):
         table.add_row(str(i), score or "diverged", how_many(each), *rest, Text(each.name))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or another program reads it: whole lines
+        console = Console(width=UNLIMITED)
+    console.print(table)

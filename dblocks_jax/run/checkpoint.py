@@ -1,6 +1,9 @@
 """Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
 
 import json
+import os
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -19,6 +22,7 @@ FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 PARAMS, ADAM, AVERAGE, RUN = "params", "adam", "average", "run"
 Part = Any  # what trains together: a NamedTuple with the fields PARAMS, ADAM and AVERAGE, each a tree, or () for none
 Params = Any
+STEP = re.compile("0|[1-9][0-9]{0,18}")  # a checkpoint's folder, as it is written; 007 is nobody's
 FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
 LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
@@ -56,6 +60,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        for step in self.steps():  # Orbax reads this of each at once
+            path = self._folder / str(step) / "_CHECKPOINT_METADATA"
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is damaged: _CHECKPOINT_METADATA is not a regular file. Remove its folder")
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(
             create=not self._read_only,
@@ -236,6 +244,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         with self._naming_what_is_damaged(step):
+            _check_files(self._folder / str(step))
             item = self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=item)[RUN]
             found = record.get("format", 1)
@@ -283,7 +292,19 @@ class Checkpoints:
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints in a workdir, ascending. What is being written has another name."""
     folder = workdir / FOLDER
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what would be waited for for ever: a checkpoint may be a stranger's, and Orbax opens whatever is there."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                raise ValueError(f"{name} is a link, not a folder")
+        for name in files:
+            if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
+                raise ValueError(f"{name} is not a regular file")
 
 
 def _items(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
