@@ -1,10 +1,8 @@
 """Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
 
 import json
-import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -15,7 +13,9 @@ from absl import logging
 
 from dblocks_jax.run.arrays import checksum_of_json, checksums_of, differences, shapes_by_path
 from dblocks_jax.run.errors import Unusable, UserError, brief
+from dblocks_jax.run.kept import LatestAndBest, ranked
 from dblocks_jax.run.processes import are_several, first_process_first, is_first
+from dblocks_jax.run.regular import check_only_regular
 
 FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 # Items of a checkpoint, apart so that evaluation reads the parameters alone, or their averages.
@@ -24,7 +24,6 @@ Part = Any  # what trains together: a NamedTuple with the fields PARAMS, ADAM an
 Params = Any
 STEP = re.compile("0|[1-9][0-9]{0,18}")  # a checkpoint's folder, as it is written; 007 is nobody's
 FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
-LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
 
 class Checkpoints:
@@ -69,7 +68,7 @@ class Checkpoints:
             create=not self._read_only,
             read_only=self._read_only,
             cleanup_tmp_directories=not self._read_only,  # what a killed process left behind
-            preservation_policy=_LatestAndBest(self._scores, self._save_top_k),
+            preservation_policy=LatestAndBest(self._scores, self._save_top_k),
             save_decision_policy=policies.FixedIntervalPolicy(1),
             # Asynchronously, Orbax waits 20 minutes for a folder that cannot be made.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
@@ -103,7 +102,7 @@ class Checkpoints:
 
         Which are left then beside the latest depends on when the run was interrupted.
         """
-        return _ranked(self.steps(), self._scores) if self._save_top_k else []
+        return ranked(self.steps(), self._scores) if self._save_top_k else []
 
     def find(self, which: str) -> int:
         """The step that "best", "last" or a number names.
@@ -244,7 +243,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         with self._naming_what_is_damaged(step):
-            _check_files(self._folder / str(step))
+            check_only_regular(self._folder / str(step))
             item = self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=item)[RUN]
             found = record.get("format", 1)
@@ -296,37 +295,7 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if STEP.fullmatch(name))
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what would be waited for for ever: a checkpoint may be a stranger's, and Orbax opens whatever is there."""
-    for parent, folders, files in os.walk(folder):
-        for name in folders:
-            if os.path.islink(os.path.join(parent, name)):
-                raise ValueError(f"{name} is a link, not a folder")
-        for name in files:
-            if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
-                raise ValueError(f"{name} is not a regular file")
-
-
 def _items(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
     """Item -> tree of each part."""
     trees = {item: {name: getattr(part, item) for name, part in parts.items()} for item in (PARAMS, ADAM, AVERAGE)}
     return {item: tree for item, tree in trees.items() if jax.tree.leaves(tree)}
-
-
-class _LatestAndBest:
-    """Which checkpoints Orbax keeps."""
-
-    def __init__(self, scores: Mapping[int, float], save_top_k: int):
-        self._scores = scores
-        self._save_top_k = save_top_k
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        del context
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        kept = {*steps[-LATEST_KEPT:], *_ranked(steps, self._scores)[: self._save_top_k]}
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _ranked(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
-    """Those that have a score, the best first; of equal ones the later."""
-    return sorted((step for step in steps if step in scores), key=lambda step: (-scores[step], -step))

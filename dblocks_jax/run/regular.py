@@ -36,3 +36,18 @@ def check_regular(path: Path, what: str) -> os.stat_result:
     if not found.st_size:
         raise UserError(f"cannot read {what} {shown(path)}: it is empty")
     return found
+
+
+def check_only_regular(folder: Path) -> None:
+    """Refuse what would be waited for for ever: a checkpoint may be a stranger's, and Orbax opens whatever is there.
+
+    Raises:
+      ValueError: naming a linked folder, or a file that is a pipe, a device or the like.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                raise ValueError(f"{name} is a link, not a folder")
+        for name in files:
+            if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
+                raise ValueError(f"{name} is not a regular file")
