@@ -66,7 +66,6 @@ def test_a_page_shows_names_escaped():
         "about_images": "",
         "counts": {"train": [1, 1]},
         "samples": {EVIL: ["data:,"]},
-        "about_images": "",
         "table": "two\nlines",
         "parameters": {"model": 1},
         "noise_ranges": {},
