@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dblocks_jax.run.checkpoint import Checkpoints, differences
+from dblocks_jax.run.arrays import differences
+from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.devices import to_device, to_host
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.training.optimizer import Part, new_part

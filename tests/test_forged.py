@@ -1,6 +1,7 @@
 """Checkpoints, configs and exports whose maker meant harm: well-formed, their checksums right, their fields not."""
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from runs import TINY
 from configs import classify, dblock_digits, dit_digits, generate
 from dblocks_jax.modes import load
 from dblocks_jax.modes.load import load_run
-from dblocks_jax.run.checkpoint import Checkpoints
+from dblocks_jax.modes.merge import merge
+from dblocks_jax.modes.train import train
+from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
 from dblocks_jax.run.checks import check_fields
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import METRICS, scores, write_json
@@ -163,3 +166,33 @@ def test_scores_on_record_that_no_float_can_hold_are_left_out(tmp_path):
     ]
     (tmp_path / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert scores(tmp_path, "val", "top1") == {2: 0.5}
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.parametrize("file", ["run/metadata", "params/manifest.ocdbt", "_CHECKPOINT_METADATA"])
+def test_a_checkpoint_that_holds_a_pipe_or_a_device_is_not_waited_for(sound, tmp_path, put, file):
+    folder = forge(sound["classify"], tmp_path / "run", lambda run: None)
+    path = folder / "state" / str(STEP) / file
+    path.unlink()
+    put(path)
+    with pytest.raises(UserError, match=f"is damaged.*{path.name} is not a regular file"):
+        load_run(folder, checkpoint="best")
+
+
+def test_folders_that_are_nearly_named_like_a_step_are_none(sound, tmp_path):
+    folder = forge(sound["classify"], tmp_path / "run", lambda run: None)
+    for name in ("007", "\N{ARABIC-INDIC DIGIT NINE}", "9" * 200, "-9", "9.5"):
+        (folder / "state" / name).mkdir()
+    assert saved_steps(folder) == [STEP]
+    assert load_run(folder, checkpoint="last")[0].step == STEP
+
+
+@pytest.mark.parametrize("change", ["a number that is a text", "no data", "a task that is a table"])
+def test_what_is_merged_or_begun_from_may_be_forged_too(sound, tmp_path, change):
+    folder = forge(sound["classify"], tmp_path / "run", HOSTILE[change][0])
+    with pytest.raises(UserError, match=r"cannot be used|whole number|choose one of"):
+        merge([folder], tmp_path / "merged", command=[])
+    config = tiny(dblock_digits.get_config(), begin_from=str(folder))
+    with pytest.raises(UserError, match=r"cannot be used|whole number|of the task"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

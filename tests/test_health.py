@@ -21,7 +21,7 @@ from dblocks_jax.modes.report import report
 from dblocks_jax.modes.train import train
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.devices import BLOCK, make_mesh
-from dblocks_jax.run.errors import Diverged
+from dblocks_jax.run.errors import Diverged, UserError
 from dblocks_jax.tasks.classify.scores import metrics
 from dblocks_jax.tasks.task import Losses
 from dblocks_jax.training.health import Health
@@ -278,3 +278,9 @@ def test_a_checkpoint_without_answers_is_never_the_best(tmp_path):
     line = {"step": 4, "split": "val", **found, "cross_entropy": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert run_folder.scores(tmp_path, "val", "top1") == {4: 0.0}
+
+
+@pytest.mark.parametrize("record", [[1], None, {"total": {"0": "x"}}, {"total": 1}, {"in_a_row": {"0": None}}])
+def test_a_forged_record_of_skipped_steps_is_refused(record):
+    with pytest.raises(UserError, match="what the checkpoint tells of skipped steps cannot be used"):
+        Health(3, record)

@@ -1,6 +1,5 @@
 """Data in memory: any pytree of arrays, for tasks of one's own."""
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from dblocks_jax.run.arrays import checksum
 from dblocks_jax.run.errors import UserError
 
 
@@ -70,11 +70,3 @@ class ArrayData:
             f"{jax.tree_util.keystr(path, simple=True, separator='.')} {leaf.dtype.name}{list(leaf.shape[1:])}"
             for path, leaf in leaves
         )
-
-
-def checksum(examples: Any) -> int:
-    """CRC-32 of the arrays of a pytree, bit for bit."""
-    crc = 0
-    for leaf in jax.tree.leaves(examples):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
-    return crc

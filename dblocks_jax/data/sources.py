@@ -162,7 +162,9 @@ class Dataset(Card):
         """
         was, now = saved.get("class_names"), list(self.class_names)
         if not isinstance(was, list):
-            raise UserError(f"{where} has data.json without class_names: restore it, or use another --workdir")
+            raise UserError(
+                f"{where} has saved no class_names of its data: restore data.json, or use another --workdir"
+            )
         if was != now:
             lost, new = [name for name in was if name not in now], [name for name in now if name not in was]
             raise UserError(

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from dblocks_jax.models.blueprint import Blueprint, Params
-from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, describe, differences
+from dblocks_jax.run.arrays import describe, differences
+from dblocks_jax.run.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.run.checks import check_fits_host
 from dblocks_jax.run.devices import make_mesh, replicated
 from dblocks_jax.run.errors import Unusable, UserError, brief, naming_malformed

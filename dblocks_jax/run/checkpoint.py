@@ -1,7 +1,9 @@
 """Checkpoints through Orbax: latest and best, written while training goes on, verified when they are read."""
 
 import json
-import zlib
+import os
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -9,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
+from dblocks_jax.run.arrays import checksum_of_json, checksums_of, differences, shapes_by_path
 from dblocks_jax.run.errors import Unusable, UserError, brief
 from dblocks_jax.run.processes import are_several, first_process_first, is_first
 
@@ -20,6 +22,7 @@ FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 PARAMS, ADAM, AVERAGE, RUN = "params", "adam", "average", "run"
 Part = Any  # what trains together: a NamedTuple with the fields PARAMS, ADAM and AVERAGE, each a tree, or () for none
 Params = Any
+STEP = re.compile("0|[1-9][0-9]{0,18}")  # a checkpoint's folder, as it is written; 007 is nobody's
 FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
 LATEST_KEPT = 2  # should the newest be damaged, training goes on from the one before
 
@@ -57,6 +60,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
+        for step in self.steps():  # Orbax reads this of each at once
+            path = self._folder / str(step) / "_CHECKPOINT_METADATA"
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is damaged: _CHECKPOINT_METADATA is not a regular file. Remove its folder")
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(
             create=not self._read_only,
@@ -126,7 +133,7 @@ class Checkpoints:
         self._taken_over.add(step)
         trees = _items(parts)
         run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
-        checksums = {item: _checksums(tree) for item, tree in trees.items()} | {RUN: _checksum_of_json(run)}
+        checksums = {item: checksums_of(tree) for item, tree in trees.items()} | {RUN: checksum_of_json(run)}
         record = {"format": FORMAT, "checksums": checksums, "run": run}
         items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
         with self._noting_failure(step):
@@ -237,10 +244,11 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         with self._naming_what_is_damaged(step):
+            _check_files(self._folder / str(step))
             item = self._ocp.args.Composite(**{RUN: self._ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=item)[RUN]
             found = record.get("format", 1)
-            if found == FORMAT and _checksum_of_json(record["run"]) != record["checksums"][RUN]:
+            if found == FORMAT and checksum_of_json(record["run"]) != record["checksums"][RUN]:
                 raise ValueError("what it tells of its run is not what was saved")
         if found != FORMAT:
             raise Unusable(
@@ -266,7 +274,7 @@ class Checkpoints:
             read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
             restored = {item: read[item] for item in wanted}
             for item in wanted:
-                for name, checksum in _checksums(restored[item]).items():
+                for name, checksum in checksums_of(restored[item]).items():
                     if checksum != checksums[item][name]:
                         raise ValueError(f"{item} of {name} are not what was saved")
         return restored
@@ -284,7 +292,19 @@ class Checkpoints:
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints in a workdir, ascending. What is being written has another name."""
     folder = workdir / FOLDER
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if STEP.fullmatch(name))
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse what would be waited for for ever: a checkpoint may be a stranger's, and Orbax opens whatever is there."""
+    for parent, folders, files in os.walk(folder):
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):
+                raise ValueError(f"{name} is a link, not a folder")
+        for name in files:
+            if not stat.S_ISREG(os.stat(os.path.join(parent, name)).st_mode):
+                raise ValueError(f"{name} is not a regular file")
 
 
 def _items(parts: dict[str, Part]) -> dict[str, dict[str, Any]]:
@@ -310,40 +330,3 @@ class _LatestAndBest:
 def _ranked(steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:
     """Those that have a score, the best first; of equal ones the later."""
     return sorted((step for step in steps if step in scores), key=lambda step: (-scores[step], -step))
-
-
-def _checksums(tree: dict[str, Any]) -> dict[str, int]:
-    """CRC-32 of each part's arrays, bit for bit. Waits for them."""
-
-    def checksum(part: Any) -> int:
-        leaves = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(part))
-        crc = 0
-        for _, leaf in leaves:
-            crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
-        return crc
-
-    return {name: checksum(part) for name, part in tree.items()}
-
-
-def _checksum_of_json(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def shapes_by_path(tree: Any) -> dict[str, str]:
-    """Path of each leaf -> its dtype and shape. Orbax turns list indices and integer keys into strings: so do we."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf) for path, leaf in leaves}
-
-
-def describe(array: Any) -> str:
-    """Type and shape in words."""
-    return f"{np.dtype(array.dtype).name}{list(array.shape)}"
-
-
-def differences(*, expected: dict[str, str], found: dict[str, str]) -> list[str]:
-    """One line for each parameter that is missing, unexpected, or of another shape or type."""
-    return [
-        f"{path}: expected {expected.get(path, 'nothing')}, found {found.get(path, 'nothing')}"
-        for path in sorted(expected.keys() | found.keys())
-        if expected.get(path) != found.get(path)
-    ]

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dblocks_jax.run.checkpoint import Checkpoints, differences, saved_steps, shapes_by_path
+from dblocks_jax.run.arrays import differences, shapes_by_path
+from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
 from dblocks_jax.run.errors import UserError, naming_malformed
 from dblocks_jax.training.config import SINCE, check_config
 from dblocks_jax.training.optimizer import Part

@@ -6,7 +6,7 @@ from absl import logging
 from jaxtyping import Float
 from numpy import ndarray
 
-from dblocks_jax.run.errors import Diverged
+from dblocks_jax.run.errors import Diverged, naming_malformed
 from dblocks_jax.training.step import SKIPPED, WORST_LEVEL
 
 
@@ -14,9 +14,16 @@ class Health:
     """Counts skipped steps by block. It survives a restart: `record` goes into checkpoints, and comes back from there.
 
     The counts are those of all steps that have come home when it is asked; the device is never waited for.
+
+    Raises:
+      UserError: `record`, which may be a stranger's, holds no such counts.
     """
 
-    def __init__(self, max_bad_steps: int, record: dict[str, dict[str, int]]):
+    def __init__(self, max_bad_steps: int, record: Any):
+        with naming_malformed("what the checkpoint tells of skipped steps"):
+            for by_block in record.values():
+                if not all(type(count) is int for count in by_block.values()):
+                    raise ValueError("its counts are no whole numbers")
         self.record = {"total": {}, "in_a_row": {}} | record  # block (as text: it lives in JSON) -> number of steps
         self._max_bad_steps = max_bad_steps
         self._too_many = ""
