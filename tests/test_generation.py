@@ -94,7 +94,7 @@ def test_samples_are_written_for_people_and_for_programs(run, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"count": 0}, "--count must be at least 1, not 0"),
+        ({"count": 0}, r"--count must lie in \[1, 1,000,000\], not 0"),
         ({"classes": ["10"]}, "there is no class 10: name some of 0, 1, .*, 9, or numbers from 0 to 9"),
         ({"classes": ["-1"]}, "there is no class -1"),
         ({"classes": ["\x1b[2J"]}, r"there is no class \\x1b\[2J"),

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dblocks_jax.models.chunks import mlp_by_chunks, self_attend
 from dblocks_jax.models.layers import (
     MAX_PERIOD,
     NOISE_FEATURES,
-    Attention,
-    Mlp,
     PatchEmbedding,
     sinusoidal_features,
 )
 from dblocks_jax.models.primitives import (
+    DENSE_OUTPUT,
     KEPT,
     Linear,
-    gelu_tanh,
     init_weights,
     init_xavier,
     init_zeros,
@@ -129,27 +129,45 @@ class DiTShared(nnx.Module):
         return patches.reshape(b, self.side * p, self.side * p, self.channels)
 
 
+class DiTAttention(nnx.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, *, dtype: str, rngs: nnx.Rngs):
+        self.num_heads = num_heads
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, init=init_xavier, rngs=rngs)
+        self.output = Linear(hidden_size, hidden_size, dtype=dtype, init=init_xavier, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        b, t, d = x.shape
+        qkv = self.query_key_value(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
+        return self.output(self_attend(qkv).reshape(b, t, d))
+
+
+class DiTMlp(nnx.Module):
+    """Dense, GELU by tanh, dense."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, init=init_xavier, rngs=rngs)
+        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init_xavier, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
+        return checkpoint_name(mlp_by_chunks(x.astype(self.dtype), *params), DENSE_OUTPUT)
+
+
 class DiTLayer(nnx.Module):
     """One transformer layer: attention and MLP, each shifted and scaled after a plain norm, and gated (adaLN-Zero)."""
 
     def __init__(self, arch: DiTArchitecture, *, rngs: nnx.Rngs):
-        self.attention = Attention(
-            arch.hidden_size, arch.num_heads, dropout_rate=0.0, dtype=arch.dtype, init=init_xavier, rngs=rngs
-        )
-        self.mlp = Mlp(
-            arch.hidden_size,
-            arch.intermediate_size,
-            activation=gelu_tanh,
-            dtype=arch.dtype,
-            init=init_xavier,
-            rngs=rngs,
-        )
+        self.attention = DiTAttention(arch.hidden_size, arch.num_heads, dtype=arch.dtype, rngs=rngs)
+        self.mlp = DiTMlp(arch.hidden_size, arch.intermediate_size, dtype=arch.dtype, rngs=rngs)
         self.modulation = DiTModulation(arch.hidden_size, 6, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t d"]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
         gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
-        x = x + gate_a * self.attention(normalize_modulated(x, shift_a, scale_a), None)
+        x = x + gate_a * self.attention(normalize_modulated(x, shift_a, scale_a))
         return x + gate_m * self.mlp(normalize_modulated(x, shift_m, scale_m))
 
 

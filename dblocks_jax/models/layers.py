@@ -1,6 +1,6 @@
 """The layers of the vision transformers. Every dropout takes an explicit key; no key means no dropout."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +95,12 @@ class Attention(nnx.Module):
         dropout_rate: float,
         *,
         dtype: str,
-        init=init_weights,
         rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
-        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, init=init, rngs=rngs)
-        self.output = Linear(hidden_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
+        self.query_key_value = Linear(hidden_size, 3 * hidden_size, dtype=dtype, rngs=rngs)
+        self.output = Linear(hidden_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
@@ -120,26 +119,16 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Dense, activation (by default the exact GELU), dense."""
+    """Dense, the exact GELU, dense."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        activation: Callable[[Array], Array] = gelu,
-        dtype: str,
-        init=init_weights,
-        rngs: nnx.Rngs,
-    ):
-        self.activation = activation
-        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, init=init, rngs=rngs)
-        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init, rngs=rngs)
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+        self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
         rows = x.reshape(-1, x.shape[-1])
-        return self.output(self.activation(self.intermediate(rows))).reshape(x.shape)
+        return self.output(gelu(self.intermediate(rows))).reshape(x.shape)
 
 
 class Layer(nnx.Module):

@@ -47,7 +47,8 @@ def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Arr
     return product + jnp.broadcast_to(bias.astype(x.dtype), product.shape)
 
 
-def _affine_backward(saved, grad):
+def affine_backward(saved, grad):
+    """(gradient of x, of the kernel, of the bias) from saved = (x, kernel)."""
     x, kernel = saved
     grad, x = once(grad, x)
     rows = tuple(range(x.ndim - 1))
@@ -61,7 +62,7 @@ def _affine_backward(saved, grad):
     return grad @ kernel.T.astype(x.dtype), product if x_is_narrower else product.T, grad_bias
 
 
-affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), _affine_backward)
+affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), affine_backward)
 
 
 class Linear(nnx.Module):
@@ -134,6 +135,7 @@ def _normalize_modulated_backward(saved, grad):
     x, scale = saved
     # Else the norms of both branches would wait in memory, computed again, while the MLP goes backward.
     grad, x = once(grad, x)
+    grad, scale = once(grad, scale)  # a CPU writes it out for each row
     normal, inverse = _standardize(x, EPSILON_PLAIN)
     scaled = grad * (1.0 + scale[:, None])
     mean, slope = (jnp.mean(array, axis=-1, keepdims=True) for array in (scaled, scaled * normal))
@@ -254,7 +256,8 @@ def _attend_forward(q, k, v, keep, rate):
     return attended, (q, k, v, keep, attended)
 
 
-def _attend_backward(rate, saved, grad):
+def attend_backward(rate, saved, grad):
+    """(gradient of q, of k, of v, None) from saved = (q, k, v, keep, attended)."""
     q, k, v, keep, attended = saved
     grad, q = once(grad, q)
     grad, k = once(grad, k)
@@ -271,4 +274,4 @@ def _attend_backward(rate, saved, grad):
     return grad_q, grad_k, grad_v, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend.defvjp(_attend_forward, attend_backward)

@@ -15,7 +15,7 @@ from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, check_config, cou
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.setting import new_model
 
-OF_A_PART = ("train_blocks", *FREE_TO_CHANGE)  # fields in which the parts of one model may differ
+OF_A_PART = ("train_blocks", "begin_from", *FREE_TO_CHANGE)  # in which the parts of one model may differ
 
 
 def merge(
