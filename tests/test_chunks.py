@@ -90,7 +90,9 @@ def temporaries(function, *shapes) -> int:
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     backward = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
     apply = jax.jit(lambda backward, grad: backward(grad))
-    return apply.lower(backward, jax.eval_shape(function, *args)).compile().memory_analysis().temp_size_in_bytes
+    analysis = apply.lower(backward, jax.eval_shape(function, *args)).compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("function", [mlp_by_chunks, self_attend])
