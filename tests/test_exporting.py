@@ -192,7 +192,7 @@ def test_a_hostile_config_is_one_line(exported, tmp_path):
         (changed("config", scheduler_specific_kwargs="[" * 100_000), "scheduler_specific_kwargs is not JSON"),
         (changed("config", scheduler_specific_kwargs=nested), "scheduler_specific_kwargs must be a text"),
         (changed("config", **{"\x1b[2J": 1e300}), r"\\x1b\[2J must be a finite number"),
-        (changed("config", image_size=16), r"images are of \(8, 8, 1\), but image_size=16"),
+        (changed("config", image_size=16), r"images of \(8, 8, 1\), but image_size=16"),
         (changed("data", class_names=[1] * 10), "class_names that are no names"),
         (changed("data", mean=[0.1, 0.2]), "a mean that is no number for each channel"),
         (changed("data", std=[10**400]), "a std that is no number for each channel"),
