@@ -180,6 +180,7 @@ def _read(workdir: Path) -> Run:
     config = read_saved(workdir, CONFIG)
     if config is None:
         raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
+    config = SINCE | config  # of earlier versions
     try:
         entry = entry_of(ConfigDict(SINCE | config))
     except UserError as error:

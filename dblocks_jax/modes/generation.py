@@ -24,6 +24,7 @@ from dblocks_jax.tasks.generate.scores import (
     noised,
     pixel_features,
 )
+from dblocks_jax.training.config import FREE_TO_CHANGE
 
 PICTURE = "samples.png"
 A_CLASS, CLASSES = 8, 12  # of the picture: images of a class in a row, and rows
@@ -111,7 +112,8 @@ def with_samples(result: dict[str, Any], config: ConfigDict, workdir: Path) -> d
     step = result.get("checkpoint")
     if step is None or "loss" not in result or "diverged" in result:
         return result
-    trained, _ = load_run(workdir, checkpoint=str(step))
+    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
+    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
     if trained.task.corruption is None:
         raise UserError(f"{workdir} holds nothing that generates")
     return result | score_samples(trained, trained.entry.find_data(config), workdir)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from dblocks_jax.data.augment import normalize
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.modes.load import Trained, load_trained, only
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.run.workdir import read_saved
+from dblocks_jax.run.files import saving, write_json
+from dblocks_jax.run.workdir import CONFIG, read_saved
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.training import loop
 from dblocks_jax.training.config import arithmetic
@@ -77,16 +79,34 @@ class Judge:
 
 
 def judge_config(config: ConfigDict, num_images: int) -> ConfigDict:
-    """The config of the judge of a data set, which does not depend on what is judged."""
+    """The config of the judge of a data set."""
     size = config.image_size
     patch = next(patch for patch in range(1, size + 1) if size % patch == 0 and size // patch <= MOST_PATCHES)
-    batch = min(BATCH, num_images)
+    devices = jax.device_count()
+    batch = max(1, min(BATCH, num_images) // devices) * devices
     epochs = max(FEWEST_EPOCHS, STEPS // max(1, num_images // batch))
     mine = {
         "patch_size": patch, "crop_padding": max(1, size // 8), "batch_size": batch, "num_epochs": epochs,
         "save_every_n_epochs": epochs, "save_top_k": 0,
     }  # fmt: skip
     return ConfigDict(FIELDS | {field: config[field] for field in TAKEN} | mine)
+
+
+def check_judge(config: ConfigDict) -> None:
+    """Refuse a judge that is not there, before anything is trained.
+
+    Raises:
+      UserError: the folder that is named holds no finished run.
+    """
+    if config.judge and read_saved(Path(os.path.expanduser(config.judge)), CONFIG) is None:
+        raise UserError(f"judge={config.judge} holds no run: name a plain classifier's, or none for ours")
+
+
+def _place(config: ConfigDict) -> str:
+    """What tells images of one's own from others."""
+    if config.dataset != "folder":
+        return ""
+    return f"_{zlib.crc32(os.path.realpath(os.path.expanduser(config.data_dir)).encode()):08x}"
 
 
 def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) -> Judge:
@@ -98,12 +118,13 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
     if config.judge:
         folder = Path(os.path.expanduser(config.judge))
     else:
-        folder = beside / f"judge_{config.dataset}_{config.image_size}"
+        folder = beside / f"judge_{config.dataset}_{config.image_size}{_place(config)}"
         wanted = judge_config(config, num_images)
         if "top1" not in (read_saved(folder, "train.json") or {}):  # it is not there, or was ended early
             logging.info("training the classifier that judges, in %s", folder)
             result = loop.train(CLASSIFY, wanted, folder)
-            loop.run_folder.write_json(folder / "train.json", result)
+            with saving(folder):
+                write_json(folder / "train.json", result)
     trained = only(CLASSIFY, load_trained(folder), folder)
     if trained.config.model_type != "vit" or trained.card.image_shape != card.image_shape:
         raise UserError(f"judge={folder} must be a plain classifier (model_type=vit) of images of {card.image_shape}")

@@ -17,7 +17,7 @@ from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown
-from dblocks_jax.tasks.generate.config import LATENTS
+from dblocks_jax.tasks.generate.config import LARGEST_SCALE, LATENTS
 from dblocks_jax.tasks.generate.pictures import write_grid, write_pictures, write_samples
 from dblocks_jax.tasks.generate.pixels import to_pixels
 from dblocks_jax.tasks.generate.sampler import make_sampler
@@ -26,7 +26,6 @@ from dblocks_jax.training.config import arithmetic
 
 FOLDER, GRID, ARRAY = "samples", "samples.png", "samples.npz"
 MOST_IN_GRID = 100
-LARGEST_SCALE = 1000.0
 MOST_IMAGES = 1_000_000  # they are in memory until all are made
 LONGEST_NUMBER = 20  # digits
 

@@ -6,6 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.modes.generation import with_samples
+from dblocks_jax.modes.judge import check_judge
+from dblocks_jax.run.files import saving, write_json
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.table import entry_of
@@ -22,5 +24,11 @@ def train(
 ) -> dict[str, Any]:
     """Train what a config names, see `dblocks_jax.training.loop.train`; of what generates, score samples at the end."""
     entry = entry_of(config)
+    if entry is GENERATE:
+        check_judge(config)
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
-    return with_samples(result, config, workdir) if entry is GENERATE else result
+    if entry is not GENERATE:
+        return result
+    with saving(workdir):  # what is trained is not lost where samples cannot be made or judged
+        write_json(workdir / "train.json", result)
+    return with_samples(result, config, workdir)

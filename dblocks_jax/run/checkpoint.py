@@ -150,7 +150,8 @@ class Checkpoints:
 
     def is_saving(self) -> bool:
         """Whether something is being written or removed. From any thread."""
-        return self._opened is not None and self._opened.is_saving_in_progress()
+        opened = self._opened  # which another thread may let go of
+        return opened is not None and opened.is_saving_in_progress()
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""

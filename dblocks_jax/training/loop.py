@@ -168,8 +168,8 @@ class Trainer:
         """The watched split, at this step; on it depends which checkpoint is kept."""
         split = self.setting.watched
         found = self.score(self.step, used_params(self.residence.parts()), split)
-        if split == "val":  # nothing is chosen by the test split
-            main = self.setting.entry.main_score
+        main = self.setting.entry.main_score
+        if split == "val" and np.isfinite(found[main.name]):  # nothing is chosen by the test split
             self.opened.scores[self.step] = found[main.name] if main.more_is_better else -found[main.name]
 
     def run(self) -> float:
@@ -366,10 +366,11 @@ def train(
         display = held.enter_context(Display(total_steps=setting.length.steps, start=opened.step))
         trainer = Trainer(setting, opened, logs, display, stop or Stop())
         try:
-            result = trainer.result(trainer.run())
-        except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
-            trainer.leave(reason)
-            raise
+            try:
+                result = trainer.result(trainer.run())
+            except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
+                trainer.leave(reason)
+                raise
         except Diverged:
             trainer.record_divergence()
             raise

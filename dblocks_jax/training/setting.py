@@ -15,7 +15,7 @@ from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import FOLDER
 from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import UserError, naming_malformed
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.task import Entry, Scorer, Task
@@ -77,8 +77,8 @@ class Setting:
         return "pinned_host" if rest_on_host(self.entry, self.config) else "device"
 
     def stage_of(self, step: int) -> Stage:
-        """The one that made a step (from 1); the first for the start."""
-        return next(stage for stage in self.stages if step <= stage.end)
+        """The one that made a step (from 1); the first for the start, the last for a step beyond the run's length."""
+        return next((stage for stage in self.stages if step <= stage.end), self.stages[-1])
 
     def model(self, stage: Stage) -> Model:
         """The model of a stage, without numbers."""
@@ -137,7 +137,8 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     check_alike("config", config.to_dict())
     saved = run_folder.read_saved(workdir, run_folder.CONFIG)
     if saved is not None:
-        check_resumable(saved, config, str(workdir))
+        with naming_malformed(workdir / run_folder.CONFIG):
+            check_resumable(saved, config, str(workdir))
     elif (workdir / FOLDER).exists():
         raise UserError(f"{workdir} holds checkpoints but no {run_folder.CONFIG}: restore it, or use another --workdir")
     with first_process_first("data"):

@@ -21,6 +21,7 @@ LEAST_SAMPLES = 100  # fewer say nothing
 # Fields that only the sampler and the scores read: a trained model may be used with others.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "solver", "cfg_scale", "score_samples", "judge")
 LATENTS = "latents"
+LARGEST_SCALE = 1000.0  # of guidance
 
 
 def check(config: ConfigDict) -> None:
@@ -33,6 +34,8 @@ def check(config: ConfigDict) -> None:
     images.check_image_fields(config)
     check_fields(config, types=TYPES, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
     check_divides(config, "num_blocks", "num_layers")
+    if config.cfg_scale > LARGEST_SCALE:
+        raise UserError(f"cfg_scale must be at most {LARGEST_SCALE:g}, not {config.cfg_scale}")
     if config.hidden_size % 4:
         raise UserError(
             f"hidden_size must be a multiple of 4 for positions in two dimensions, not {config.hidden_size}"
