@@ -7,7 +7,9 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.modes.generation import with_samples
 from dblocks_jax.modes.judge import check_judge
+from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.files import saving, write_json
+from dblocks_jax.run.processes import are_several
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.table import entry_of
@@ -26,6 +28,8 @@ def train(
     entry = entry_of(config)
     if entry is GENERATE:
         check_judge(config)
+        if config.score_samples and are_several():
+            raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
     if entry is not GENERATE:
         return result
