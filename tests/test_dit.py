@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dblocks_jax.diffusion.loss import weighted_loss
 from dblocks_jax.diffusion.noise import NoiseDistribution, inference_sigmas
 from dblocks_jax.diffusion.sampler import solve
 from dblocks_jax.models.dit import DiTArchitecture, make_dit, run_block, sincos_positions
 from dblocks_jax.models.dit_reference import from_reference_dit, to_reference_dit
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.generate.denoiser import denoise, denoising_loss, guided
+from dblocks_jax.tasks.generate.denoiser import denoise, denoising_losses, guided
 
 TINY = DiTArchitecture(
     image_size=6, channels=1, num_labels=3, patch_size=3, num_layers=4, hidden_size=12, num_heads=3,
@@ -113,7 +114,8 @@ def test_estimate_loss_and_gradients(path, cut):
     @partial(jax.value_and_grad, has_aux=True)
     def loss_fn(params, images, labels, sigma, eps):
         modules = nnx.merge(shared_def, params[0]), nnx.merge(block_defs[0], params[1])
-        loss, errors = denoising_loss(*modules, images, labels, sigma, eps, sigma_data=config.sigma_data)
+        losses = denoising_losses(*modules, images, labels, sigma, eps, sigma_data=config.sigma_data)
+        loss, errors = weighted_loss(losses.each, losses.weight, "per_sample"), losses.each
         z = images + sigma[:, None, None, None] * eps
         return loss, (errors, denoise(*modules, labels, z, sigma, sigma_data=config.sigma_data))
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dblocks_jax.diffusion.loss import weighted_loss
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
 from dblocks_jax.diffusion.sampler import guide
 from dblocks_jax.models.dit import DiTBlock, DiTShared, run_block
+from dblocks_jax.tasks.task import Losses
 
 
 def denoise(
@@ -51,7 +51,7 @@ def squared_error(denoised: Float[Array, "b h w c"], images: Float[Array, "b h w
     return jnp.mean((denoised - images) ** 2, axis=(1, 2, 3))
 
 
-def denoising_loss(
+def denoising_losses(
     shared: DiTShared,
     block: DiTBlock,
     images: Float[Array, "b h w c"],
@@ -60,8 +60,8 @@ def denoising_loss(
     eps: Float[Array, "b h w c"],
     *,
     sigma_data: float,
-) -> tuple[Float[Array, ""], Float[Array, " b"]]:
-    """One block's loss on z = y + sigma * eps, given the noise: (mean of w(sigma) * |D - y|^2, |D - y|^2 of each)."""
+) -> Losses:
+    """One block's on z = y + sigma * eps, given the noise: |D - y|^2 of each image, and w(sigma)."""
     z = images + sigma[:, None, None, None] * eps
     errors = squared_error(denoise(shared, block, labels, z, sigma, sigma_data=sigma_data), images)
-    return weighted_loss(errors, loss_weight(sigma, sigma_data), "per_sample"), errors
+    return Losses(errors, loss_weight(sigma, sigma_data), {"error": errors})

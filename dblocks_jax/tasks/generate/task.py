@@ -16,11 +16,10 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.augment import augment
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.diffusion.gaussian import Gaussian
-from dblocks_jax.diffusion.precondition import loss_weight
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.models.dit import make_dit
 from dblocks_jax.tasks.generate import config as fields
-from dblocks_jax.tasks.generate.denoiser import denoise, squared_error
+from dblocks_jax.tasks.generate.denoiser import denoising_losses
 from dblocks_jax.tasks.generate.heldout import make_held_out_loss
 from dblocks_jax.tasks.generate.pixels import to_signal
 from dblocks_jax.tasks.images import check_card, image_batch
@@ -76,9 +75,7 @@ class Generate:
         eps = jax.random.normal(draws.noise, images.shape)
         is_dropped = jax.random.bernoulli(draws.condition, self.config.class_dropout_prob, labels.shape)
         labels = jnp.where(is_dropped, shared.null_label, labels)
-        z = images + level[:, None, None, None] * eps
-        errors = squared_error(denoise(shared, block, labels, z, level, sigma_data=self.config.sigma_data), images)
-        return Losses(errors, loss_weight(level, self.config.sigma_data), {"error": errors})
+        return denoising_losses(shared, block, images, labels, level, eps, sigma_data=self.config.sigma_data)
 
     def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
         """The loss on images that it was not trained on; samples are scored by the modes that make them."""
