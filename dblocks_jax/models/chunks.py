@@ -32,7 +32,7 @@ def chunk_size(length: int, bytes_of_one: int) -> int:
     return next((size for size in sizes if size * bytes_of_one <= CHUNK_BYTES), 1)
 
 
-def _loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`carry` after `body` for each of 0..count-1."""
     return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
 
@@ -61,7 +61,7 @@ def _mlp_forward(x, kernel_1, bias_1, kernel_2, bias_2):
         return jax.lax.dynamic_update_slice_in_dim(out, out_i.reshape(b, size, d), i * size, axis=1)
 
     # Outputs take the place of inputs, which nothing needs any more: zeros would be made too early.
-    return _loop(t // size, body, x), (x, wide, kernel_1, kernel_2)
+    return loop(t // size, body, x), (x, wide, kernel_1, kernel_2)
 
 
 def _mlp_backward(saved, grad):
@@ -85,7 +85,7 @@ def _mlp_backward(saved, grad):
 
     shapes = (kernel_1.shape, kernel_1.shape[1:], kernel_2.shape, kernel_2.shape[1:])
     zeros = tuple(once(grad, jnp.zeros(shape, kernel_1.dtype))[1] for shape in shapes)
-    grad_x, sums = _loop(t // size, body, (grad, zeros))
+    grad_x, sums = loop(t // size, body, (grad, zeros))
     return grad_x, *sums
 
 
@@ -118,7 +118,7 @@ def _self_attend_backward(saved, grad):
         *grads, _ = attend_backward(0.0, (q, k, v, None, attended_i), grad_i)
         return jax.lax.dynamic_update_slice_in_dim(qkv, jnp.stack(grads, axis=2), i * size, axis=3)
 
-    return (_loop(h // size, body, qkv),)
+    return (loop(h // size, body, qkv),)
 
 
 self_attend.defvjp(_self_attend_forward, _self_attend_backward)

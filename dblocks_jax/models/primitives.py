@@ -49,6 +49,14 @@ def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Arr
 
 def affine_backward(saved, grad):
     """(gradient of x, of the kernel, of the bias) from saved = (x, kernel)."""
+    grad, grad_kernel = _kernel_first(saved, grad)
+    x, kernel = saved
+    grad_bias = jnp.sum(grad, axis=tuple(range(x.ndim - 1)), dtype=kernel.dtype)
+    return grad @ kernel.T.astype(x.dtype), grad_kernel, grad_bias
+
+
+def _kernel_first(saved, grad):
+    """(grad, gradient of the kernel): the second is computed before the first can be used."""
     x, kernel = saved
     grad, x = once(grad, x)
     rows = tuple(range(x.ndim - 1))
@@ -58,11 +66,26 @@ def affine_backward(saved, grad):
     product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
     # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
     grad, product = jax.lax.optimization_barrier((grad, product))
-    grad_bias = jnp.sum(grad, axis=rows, dtype=kernel.dtype)
-    return grad @ kernel.T.astype(x.dtype), product if x_is_narrower else product.T, grad_bias
+    return grad, product if x_is_narrower else product.T
 
 
 affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), affine_backward)
+
+
+@jax.custom_vjp
+def project(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """x @ kernel in x's type: `affine` without a bias."""
+    return x @ kernel.astype(x.dtype)
+
+
+def project_backward(saved, grad):
+    """(gradient of x, of the kernel) from saved = (x, kernel)."""
+    grad, grad_kernel = _kernel_first(saved, grad)
+    x, kernel = saved
+    return grad @ kernel.T.astype(x.dtype), grad_kernel
+
+
+project.defvjp(lambda x, kernel: (project(x, kernel), (x, kernel)), project_backward)
 
 
 class Linear(nnx.Module):
@@ -79,6 +102,20 @@ class Linear(nnx.Module):
         """The outputs `columns`, by default all."""
         out = affine(x.astype(self.dtype), self.kernel[...][:, columns], self.bias[...][columns])
         return checkpoint_name(out, DENSE_OUTPUT)
+
+
+class Projection(nnx.Module):
+    """A dense layer without bias: float32 weights, normal(0.02) to begin with, computing in `dtype`."""
+
+    def __init__(
+        self, features_in: int, features_out: int, *, dtype: str = "float32", init=init_weights, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.kernel = nnx.Param(init(rngs.params(), (features_in, features_out)))
+
+    def __call__(self, x: Float[Array, "*b i"], columns: slice = slice(None)) -> Float[Array, "*b o"]:
+        """The outputs `columns`, by default all."""
+        return checkpoint_name(project(x.astype(self.dtype), self.kernel[...][:, columns]), DENSE_OUTPUT)
 
 
 @jax.custom_vjp
