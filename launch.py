@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import classify, generate
+from configs import classify, generate, mask
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
 
@@ -57,10 +57,11 @@ RUNS = flags.DEFINE_multi_string("runs", [], "For compare: folders of runs, with
 IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and folders, with commas or spaces between.")
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of classes, with commas between [all].")
-COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images.")
+COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images or texts.")
+TEXT = flags.DEFINE_string("text", None, "For sample: a text with _ for each symbol to be found [nothing is given].")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
-DEFAULTS = {"classify": classify, "generate": generate}  # task -> the config file with all of its fields
+DEFAULTS = {"classify": classify, "generate": generate, "mask": mask}  # task -> the config file with all of its fields
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "sample", "report", "export"),
@@ -72,6 +73,7 @@ MODES_OF = {
     "gib": ("memory",),
     "classes": ("sample",),
     "count": ("sample",),
+    "text": ("sample",),
     "cfg_scale": ("sample",),
 }
 NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
@@ -211,6 +213,10 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.predict import predict
 
             return predict(config, workdir, [*_names(IMAGES), *more], **saved)
+        case "sample" if config.task == "mask":
+            from dblocks_jax.modes.writing import sample_texts
+
+            return sample_texts(config, workdir, text=TEXT.value, count=COUNT.value, **saved)
         case "sample":
             from dblocks_jax.modes.sample import sample
 

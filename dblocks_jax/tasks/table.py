@@ -7,10 +7,12 @@ from dblocks_jax.tasks.classify import show as show_classify
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.generate import show as show_generate
 from dblocks_jax.tasks.generate.task import GENERATE
+from dblocks_jax.tasks.mask import show as show_mask
+from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.task import Entry
 
-TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE)}
-SHOWN = {"classify": show_classify, "generate": show_generate}  # task -> what a person sees of it
+TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE, MASK)}
+SHOWN = {"classify": show_classify, "generate": show_generate, "mask": show_mask}  # task -> what a person sees of it
 
 
 def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:

@@ -1,0 +1,134 @@
+"""Texts of a trained masked model: made from nothing or around what is given, watched while they are, and scored."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Bool, Int
+from ml_collections import ConfigDict
+
+from dblocks_jax.data.images import telling
+from dblocks_jax.data.pixels import PixelCard
+from dblocks_jax.modes.load import Trained, load_run, only
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.files import saving, write_whole
+from dblocks_jax.tasks.generate.pictures import write_grid
+from dblocks_jax.tasks.mask.sampler import make_sampler
+from dblocks_jax.tasks.mask.task import MASK
+from dblocks_jax.tasks.mask.writing import Template, all_hidden, read_template, show
+from dblocks_jax.tasks.text_scores import text_scores
+from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
+
+TEXTS, PICTURE = "samples.txt", "samples.png"
+STAGES = 6  # of a text being uncovered that are shown
+MOST_TEXTS = 10_000
+
+
+class Stage(NamedTuple):
+    """Texts on their way."""
+
+    block: int  # that uncovered what was uncovered last
+    tokens: Int[np.ndarray, "b t"]
+    is_hidden: Bool[np.ndarray, "b t"]
+
+
+def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[Stage]]:
+    """Batches of texts made around a template: of each batch the stages, the last one the answer. Progress is told.
+
+    The same seed gives the same texts, in batches of one size.
+    """
+    config = trained.config
+    sampler = make_sampler(config, trained.blueprint)
+    size = min(config.eval_batch_size, count)
+    starts = list(range(0, count, size))
+    kept = set(np.linspace(0, config.num_inference_steps - 1, STAGES).astype(int).tolist())
+    for start in telling(starts, total=count, each=size, doing="making %s texts"):
+        tokens, is_hidden = (np.broadcast_to(each, (size, len(each))) for each in template[:2])
+        seed = config.seed + start
+        with arithmetic(config):
+            steps = enumerate(sampler(trained.params, tokens, is_hidden, seed))
+            stages = [Stage(*jax.device_get(state)) for i, state in steps if i in kept]
+        yield [Stage(owner, *(each[: count - start] for each in state)) for owner, *state in stages]
+
+
+def sample_texts(
+    config: ConfigDict, workdir: Path, *, text: str | None, count: int, overrides: dict[str, Any], checkpoint: str
+) -> dict[str, Any]:
+    """Make `count` texts and write them into <workdir>/TEXTS, a line each; of a model of pixels a grid into PICTURE.
+
+    `text` may give some of the symbols: see `read_template`.
+
+    Raises:
+      UserError: there is no such run, the text does not fit, or the number is none.
+      Unsaved: they cannot be written.
+    """
+    if not 1 <= count <= MOST_TEXTS:
+        raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
+    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    card = only(MASK, trained, workdir).card
+    about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
+    if isinstance(card, PixelCard):
+        if text is not None:
+            raise UserError(f"{workdir} was trained on images: it has no use for --text")
+        with saving(workdir / PICTURE):
+            write_grid(workdir / PICTURE, make_images(trained, count))
+        return about | {"num_images": count, "picture": str(workdir / PICTURE)}
+    template = all_hidden(card) if text is None else read_template(text, card)
+    batches = list(uncover(trained, template, count))
+    for stage in batches[0]:
+        print(f"block {stage.block}: {show(stage.tokens[0], stage.is_hidden[0], card)}")
+    texts = [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
+    write_texts(workdir / TEXTS, texts)
+    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
+
+
+def make_images(trained: Trained, count: int) -> np.ndarray:
+    """uint8 [count, h, w, c]."""
+    card = trained.card
+    whole = Template(np.zeros(card.length, np.int32), np.ones(card.length, bool), card.length)
+    tokens = np.concatenate([stages[-1].tokens for stages in uncover(trained, whole, count)])
+    return tokens.astype(np.uint8).reshape(count, *card.images.image_shape)
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    """A line each; line breaks within are spaces."""
+    with saving(path):
+        write_whole(path, "".join(" ".join(text.splitlines()) + "\n" for text in texts).encode())
+
+
+def with_texts(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """`result` of a run that is trained, with the scores of texts that it made; one of them is shown on its way.
+
+    Raises:
+      UserError: its checkpoint cannot be read.
+    """
+    step = result.get("checkpoint")
+    if step is None or "bits" not in result or "diverged" in result or config.score_samples == 0:
+        return result
+    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
+    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
+    return result | score_texts(trained, trained.entry.find_data(config), workdir)
+
+
+def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """Make `score_samples` texts and score them beside held-out ones; write TEXTS, or of a model of pixels PICTURE."""
+    count, card = trained.config.score_samples, trained.card
+    if count == 0:
+        return {}
+    if isinstance(card, PixelCard):
+        with saving(workdir / PICTURE):
+            write_grid(workdir / PICTURE, make_images(trained, count))
+        return {"num_samples": count}
+    batches = list(uncover(trained, all_hidden(card), count))
+    for stage in batches[0]:
+        logging.info("block %d: %s", stage.block, show(stage.tokens[0], stage.is_hidden[0], card))
+    decode = card.vocabulary.decode
+    texts = [decode(row) for stages in batches for row in stages[-1].tokens]
+    write_texts(workdir / TEXTS, texts)
+    test = data.split("test")
+    real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]
+    known = decode(data.split("train").tokens).split()
+    return {"num_samples": count} | text_scores(texts, real, known)

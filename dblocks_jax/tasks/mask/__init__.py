@@ -1,0 +1,1 @@
+"""Text and other sequences of symbols, uncovered from behind masks (masked diffusion)."""

@@ -1,0 +1,21 @@
+"""Where masking and network meet: a block's answer to what is hidden, and what that costs."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dblocks_jax.diffusion.loss import cross_entropy
+from dblocks_jax.models.masked_transformer import MaskedBlock, MaskedShared, run_block
+
+
+def hidden_cross_entropy(
+    shared: MaskedShared,
+    block: MaskedBlock,
+    tokens: Int[Array, "b t"],
+    is_hidden: Bool[Array, "b t"],
+    level: Float[Array, " b"],
+) -> Float[Array, " b"]:
+    """-sum log p(token) over the hidden tokens of each sample, over the number of all its tokens: nats a token."""
+    logits = run_block(shared, block, tokens, is_hidden, level)
+    b, t, v = logits.shape
+    costs = cross_entropy(logits.reshape(b * t, v), tokens.reshape(b * t)).reshape(b, t)
+    return jnp.mean(jnp.where(is_hidden, costs, 0.0), axis=1)

@@ -1,0 +1,54 @@
+"""What a person wants to see of masked diffusion before it is trained, and of several runs side by side."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dblocks_jax.models.masked_transformer import MaskedBlock, MaskedShared, run_block
+from dblocks_jax.pages.figures import Figure
+from dblocks_jax.tasks.mask.task import Mask
+
+FIGURES = (
+    Figure("bits", "bits per character or dimension, at most", has_spread=True, digits=4),
+    Figure("distinct_2", "distinct pairs of words", is_share=True, has_spread=True),
+    Figure("repetition", "repeated words", is_share=True, has_spread=True),
+    Figure("known_words", "words that exist", is_share=True, has_spread=True),
+)
+ABOUT_FIGURES = (
+    "Bits that a character of the test text takes at most, or a dimension of a test image: less is better. Of texts "
+    "that were made: how many of their pairs of words are different, how much is said again in the same text, and how "
+    "many words the training text has too; the data's own stand in the results."
+)
+ABOUT_CURVE = "bits on data kept apart"
+
+
+class Step(nnx.Module):
+    """One uncovering step: a block with what it shares."""
+
+    def __init__(self, shared: MaskedShared, block: MaskedBlock):
+        self.shared, self.block = shared, block
+
+    def __call__(self, tokens, is_hidden, level):
+        """Logits."""
+        return run_block(self.shared, self.block, tokens, is_hidden, level)
+
+
+def step_of(task: Mask, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple[Any, ...]]:
+    """What one step runs, as one module, and arguments of it for one sequence."""
+    tokens = jnp.zeros((1, task.card.length), jnp.int32)
+    return Step(*modules), (tokens, tokens == 0, jnp.ones(1))
+
+
+def levels_of(task: Mask) -> list[float]:
+    """The levels that the sampler visits, where nothing is given."""
+    return task.corruption.levels(task.config.num_inference_steps).tolist()
+
+
+def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
+    for split in ("val", "test"):
+        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("bits"), int | float)]
+        if scored:
+            return [line["step"] for line in scored], [line["bits"] for line in scored]
+    return [], []

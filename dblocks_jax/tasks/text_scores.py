@@ -1,0 +1,47 @@
+"""What texts that a model made are like, beside the data: whether they vary, loop, and use words that exist."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+LOOP = 4  # words in a row which, said twice in a text, count as repeated
+
+
+def text_scores(made: Sequence[str], real: Sequence[str], known: Iterable[str]) -> dict[str, Any]:
+    """Figures of `made`, each with "_data" behind it for as many `real` texts. `known` are the words of the data."""
+    words = set(known)
+    found = {}
+    for suffix, texts in (("", made), ("_data", real[: len(made)])):
+        found[f"distinct_2{suffix}"] = distinct_share(texts, 2)
+        found[f"repetition{suffix}"] = repeated_share(texts, LOOP)
+        found[f"known_words{suffix}"] = known_share(texts, words)
+    return found
+
+
+def runs(text: str, length: int) -> list[tuple[str, ...]]:
+    """All sequences of so many words in a row. Words at the edges may be cut, and are left out."""
+    words = text.split()[1:-1]
+    return list(zip(*(words[i:] for i in range(length)), strict=False))
+
+
+def distinct_share(texts: Sequence[str], length: int) -> float:
+    """distinct-n: how many different runs there are, over how many there are in all texts together."""
+    found = list(chain.from_iterable(runs(text, length) for text in texts))
+    return len(set(found)) / max(1, len(found))
+
+
+def repeated_share(texts: Sequence[str], length: int) -> float:
+    """The share of runs that were there before in the same text: 0 without loops, near 1 for a text that is one."""
+    repeated = total = 0
+    for text in texts:
+        counts = Counter(runs(text, length))
+        total += counts.total()
+        repeated += counts.total() - len(counts)
+    return repeated / max(1, total)
+
+
+def known_share(texts: Sequence[str], known: set[str]) -> float:
+    """The share of words that the data have too."""
+    found = [word for text in texts for word in text.split()[1:-1]]
+    return sum(word in known for word in found) / max(1, len(found))
