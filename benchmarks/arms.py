@@ -1,6 +1,7 @@
 """The arms of every comparison, same seeds, same data, equal arithmetic: plain, short, short-long, blocks, grown.
 
     python benchmarks/arms.py --config=configs/dit_digits.py --out=DIR --seeds=0,1,2 --epochs=30,100,300
+    python benchmarks/arms.py --config=configs/mask_text.py --out=DIR --seeds=0,1,2 --steps=300,900
 
 With L layers in B blocks and N epochs: "plain" trains L layers for N epochs; "short" L / B layers for N; "short-long"
 L / B layers for B * N, the memory and arithmetic of DiffusionBlocks; "blocks" are DiffusionBlocks, N epochs a block;
@@ -24,11 +25,13 @@ from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.loop import train
 
+MANY = 10_000  # epochs, of which the steps that are asked for are the first
 ARMS = ("plain", "short", "short-long", "blocks", "grown")
 CONFIG_FILE = config_flags.DEFINE_config_file("config", None, "Config of DiffusionBlocks, which the arms are made of.")
 OUT = flags.DEFINE_string("out", None, "Folder of the runs.", required=True)
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
 EPOCHS = flags.DEFINE_list("epochs", [], "Values of N; by default the config's.")
+STEPS = flags.DEFINE_list("steps", [], "Values of N in steps, not epochs: where an epoch is too long.")
 CHOSEN = flags.DEFINE_list("arms", list(ARMS), "Which arms.")
 SCORE = flags.DEFINE_list("scores", [], "Names of figures in the table; by default the main score.")
 
@@ -44,14 +47,30 @@ def arm(entry: Entry, config: ConfigDict, name: str) -> ConfigDict:
         other.num_layers = config.num_layers // config.num_blocks
     if name == "short-long":
         other.num_epochs = config.num_epochs * config.num_blocks
+    if config.max_steps and name in ("plain", "short"):
+        other.max_steps = config.max_steps // config.num_blocks
     return other
+
+
+def settings(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """(N in words, the config of DiffusionBlocks for so long) for each N that is asked for."""
+    if STEPS.value:
+        return [
+            (f"{n}steps", _with(config, max_steps=n * config.num_blocks, num_epochs=MANY))
+            for n in map(int, STEPS.value)
+        ]
+    return [(str(n), _with(config, num_epochs=n, max_steps=0)) for n in map(int, EPOCHS.value or [config.num_epochs])]
+
+
+def _with(config: ConfigDict, **fields: int) -> ConfigDict:
+    return ConfigDict({**config.to_dict(), **fields})
 
 
 def run(entry: Entry, config: ConfigDict, folder: Path) -> dict[str, Any]:
     """The result of a run, which is trained if it is not there."""
     result = read_saved(folder, "train.json")
     if result is None:
-        config.save_every_n_epochs = config.num_epochs * config.num_blocks
+        config.save_every_n_epochs = config.num_epochs * config.num_blocks  # once, at the end
         result = train(entry, config, folder)
         folder.joinpath("train.json").write_text(json.dumps(result))
     assert read_saved(folder, CONFIG) is not None
@@ -64,11 +83,11 @@ def main(argv: list[str]) -> None:
     config = CONFIG_FILE.value
     entry = entry_of(config)
     names = SCORE.value or [entry.main_score.name]
-    rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for epochs in map(int, EPOCHS.value or [config.num_epochs]):
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for epochs, of_length in settings(config):
         for seed in map(int, SEEDS.value):
             for name in CHOSEN.value:
-                base = ConfigDict({**config.to_dict(), "num_epochs": epochs, "seed": seed})
+                base = _with(of_length, seed=seed)
                 result = run(entry, arm(entry, base, name), Path(OUT.value) / f"{name}_N{epochs}_seed{seed}")
                 rows.setdefault((epochs, name), []).append(result)
                 print(json.dumps({"arm": name, "epochs": epochs, "seed": seed} | {key: result[key] for key in names}))
