@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.llama import Llama, LlamaArchitecture
 from dblocks_jax.models.llama_reference import from_reference_llama, to_reference_llama
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.objective import plain_losses
 
 TINY = LlamaArchitecture(vocab_size=11, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=20)
@@ -58,6 +61,20 @@ def test_hidden_states_logits_loss_and_gradients(path):
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         golden.assert_close(actual[name], value, 1e-4, name)
+
+
+@pytest.mark.parametrize("path", golden.files("llama_*.npz"))
+def test_greedy_text(path):
+    """Written with a cache, as Hugging Face writes it; the logits are those of the whole text at once."""
+    arrays, model = load(path)
+    expected = jnp.asarray(arrays["greedy_from_4"], jnp.int32)
+    b, length = expected.shape
+    blueprint, params = Blueprint.of({"model": model})
+    writer = make_writer(ConfigDict({"model_type": "llama", "seed": 0, "temperature": 0.0, "top_p": 1.0}), blueprint)
+    tokens, logits = zip(*writer(params, expected[:, :4], length - 4, jnp.arange(b)), strict=True)
+    np.testing.assert_array_equal(np.stack(tokens, axis=1), expected[:, 4:])
+    at_once = np.asarray(jax.jit(model.__call__)(expected))
+    golden.assert_close(np.stack(logits, axis=1), at_once[:, 3:-1], 1e-5, "logits")
 
 
 @pytest.mark.parametrize(
