@@ -9,12 +9,14 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dblocks_jax.models import chunks
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.dblock_llama import make_dblock_llama, run_block
 from dblocks_jax.models.llama import LlamaArchitecture
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.next_token.denoiser import denoise, denoising_losses
+from dblocks_jax.tasks.next_token.denoiser import denoise
 from dblocks_jax.tasks.next_token.generation import choose_token, make_writer, sampler_plan, starting_noise
+from dblocks_jax.tasks.next_token.objective import denoising_losses
 
 TINY = LlamaArchitecture(vocab_size=7, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=20)
 LENGTH = 8
@@ -137,7 +139,10 @@ def test_what_heads_read(head):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-def test_losses_are_of_every_token_and_weighted_apart():
+@pytest.mark.parametrize("places", [LENGTH, 2])
+def test_losses_are_of_every_token_and_weighted_apart(places, monkeypatch):
+    """Whether all logits exist at once or those of two places."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", places * 2 * TINY.vocab_size * 4)
     parts, (tokens, eps, sigma) = tiny(), inputs()
     shared, block = parts["shared"], parts["block_1"]
     losses = denoising_losses(shared, block, tokens, sigma, eps, **SIGMA)

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dblocks_jax.diffusion.noise import Scalar
-from dblocks_jax.diffusion.precondition import Preconditioning, loss_weight, precondition
+from dblocks_jax.diffusion.precondition import Preconditioning, precondition
 from dblocks_jax.diffusion.sampler import euler_step
 from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared, run_block
 from dblocks_jax.models.dblock_vit import normalize_rows
 from dblocks_jax.models.llama import Cache
-from dblocks_jax.tasks.next_token.objective import of_logits
-from dblocks_jax.tasks.task import Losses
 
 
 def denoise(
@@ -32,9 +30,21 @@ def denoise(
     the c_noise of `sigma_min`.
     """
     c = precondition(sigma, sigma_data)
+    return read_out(shared, run_at(shared, block, tokens, z, c, sigma_min=sigma_min), z, c)
+
+
+def run_at(
+    shared: DBlockLlamaShared,
+    block: DBlockLlamaBlock,
+    tokens: Int[Array, "b t"],
+    z: Float[Array, "b t d"],
+    c: Preconditioning,
+    *,
+    sigma_min: float,
+) -> Float[Array, "b t d"]:
+    """F(c_in * z, c_noise; tokens before)."""
     clean = shared.table()[tokens]
-    features = run_block(shared, block, clean, c.c_in[:, None, None] * z, c.c_noise, c_noise_of_clean(sigma_min))
-    return read_out(shared, features, z, c)
+    return run_block(shared, block, clean, c.c_in[:, None, None] * z, c.c_noise, c_noise_of_clean(sigma_min))
 
 
 def read_out(
@@ -48,25 +58,6 @@ def read_out(
 def c_noise_of_clean(sigma_min: float) -> float:
     """What clean tokens tell of their noise: that of the least there is."""
     return math.log(sigma_min) / 4
-
-
-def denoising_losses(
-    shared: DBlockLlamaShared,
-    block: DBlockLlamaBlock,
-    tokens: Int[Array, "b t"],
-    sigma: Float[Array, " b"],
-    eps: Float[Array, "b t d"],
-    *,
-    sigma_data: float,
-    sigma_min: float,
-) -> Losses:
-    """One block's on z = y + sigma * eps, given the noise: cross-entropy of every token, the mean of each sample.
-
-    Gradient reaches the embeddings through z and through the clean tokens.
-    """
-    z = shared.table()[tokens] + sigma[:, None, None] * eps
-    logits = denoise(shared, block, tokens, z, sigma, sigma_data=sigma_data, sigma_min=sigma_min)
-    return of_logits(logits, tokens, loss_weight(sigma, sigma_data))
 
 
 def remember(
