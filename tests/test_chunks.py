@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks_jax.models import chunks
-from dblocks_jax.models.chunks import chunk_size, mlp_by_chunks, self_attend
+from dblocks_jax.models.chunks import chunk_size, mlp_by_chunks, over_tokens, self_attend
 
 # (bytes of a chunk, samples, tokens, heads): everything at once, some of it at a time, one after the other.
 CUTS = [(2**25, 2, 6, 4), (512, 2, 6, 4), (1, 5, 9, 3)]
@@ -83,6 +83,19 @@ def test_in_bfloat16_parts_are_summed_in_float32(key, monkeypatch):
     np.testing.assert_array_equal(ours[4], np.full(5, 512.0))  # each of 2 x 256 tokens adds 1
     for actual, expected in zip(ours, exact, strict=True):
         np.testing.assert_allclose(np.asarray(actual, np.float32), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_readouts_of_some_tokens_at_a_time_are_those_of_all(key, monkeypatch):
+    """With their gradients, that of what is common to all tokens included."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 3 * 4)
+
+    def read(x, kernel):
+        return jax.nn.log_softmax(x @ kernel)[..., 0]
+
+    def in_parts(x, kernel):
+        return over_tokens(lambda x: read(x, kernel), 3 * 4, x)
+
+    assert_same_as_in_float64(in_parts, read, jax.random.normal(key, (2, 6, 5)), jax.random.normal(key, (5, 4)))
 
 
 def temporaries(function, *shapes) -> int:

@@ -106,8 +106,8 @@ def _backward(saved, grad):
 
     def body(i, arrays):
         """Gradients take the place of what they were computed from."""
-        heads = jax.tree.map(lambda array: part(i, array, 3), arrays)
-        grads = _gradients(*heads, part(i, attended, 2), part(i, grad, 2))
+        qkv_i, before_i = jax.tree.map(lambda array: part(i, array, 3), arrays)
+        grads = _gradients(qkv_i, before_i, part(i, attended, 2), part(i, grad, 2))
         return jax.tree.map(
             lambda array, grad: jax.lax.dynamic_update_slice_in_dim(array, grad, i * size, axis=3), arrays, grads
         )

@@ -1,4 +1,4 @@
-"""An MLP and self-attention that are trained with less memory: they go backward some tokens or heads at a time.
+"""What is trained with less memory: an MLP, self-attention and readouts go backward some tokens or heads at a time.
 
 So what is as wide as the MLP, or as large as the attention probabilities, exists for a part only. What does not depend
 on the number of layers weighs most in a block of few. Batches are never cut: they may be split over devices.
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from dblocks_jax.models.primitives import (
     ATTENDED,
@@ -35,6 +35,21 @@ def chunk_size(length: int, bytes_of_one: int) -> int:
 def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`carry` after `body` for each of 0..count-1."""
     return body(0, carry) if count == 1 else jax.lax.fori_loop(0, count, body, carry)
+
+
+def over_tokens(function: Callable[..., Any], bytes_of_token: int, *arrays: Shaped[Array, "b t ..."]) -> Any:
+    """function(*arrays), arrays of [b, t, ...], for some tokens of every sample at a time.
+
+    `bytes_of_token` is what one place in the sequence costs inside of it, for all samples together. What is not of a
+    chunk's size exists for one chunk only, and again when it goes backward.
+    """
+    b, t = arrays[0].shape[:2]
+    size = chunk_size(t, bytes_of_token)
+    if size == t:
+        return function(*arrays)
+    cut = [jnp.moveaxis(array.reshape(b, t // size, size, *array.shape[2:]), 1, 0) for array in arrays]
+    found = jax.lax.map(lambda part: jax.checkpoint(function)(*part), cut)
+    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, t, *array.shape[3:]), found)
 
 
 @jax.custom_vjp

@@ -87,7 +87,7 @@ class LlamaLayer(nnx.Module):
         self.mlp = LlamaMlp(arch, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self._finish(x, causal_attend(self.attention.queries_keys_values(self.norm_attention(x))))
+        return self.prefill(x)[0]
 
     def prefill(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t 2 h w"]]:
         """(the tokens after this layer, their keys and values)."""
@@ -123,6 +123,10 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits at i are of token i + 1."""
+        return self.head(self.features(tokens))
+
+    def features(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What the head reads: the tokens after the last norm."""
 
         def apply(layer: LlamaLayer, x):
             return layer(x)
@@ -131,7 +135,7 @@ class Llama(nnx.Module):
         x = self.embed(tokens)
         for layer in self.layers:
             x = apply(layer, x)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         return self.embeddings[...][tokens].astype(self.dtype)
