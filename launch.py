@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import classify, generate, mask
+from configs import classify, generate, mask, next_token
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
 
@@ -58,10 +58,11 @@ IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and f
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of classes, with commas between [all].")
 COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images or texts.")
-TEXT = flags.DEFINE_string("text", None, "For sample: a text with _ for each symbol to be found [nothing is given].")
+TEXT = flags.DEFINE_string("text", None, "For sample: what to go on from, or a text with _ for each missing symbol.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
-DEFAULTS = {"classify": classify, "generate": generate, "mask": mask}  # task -> the config file with all of its fields
+# task -> the config file with all of its fields
+DEFAULTS = {"classify": classify, "generate": generate, "mask": mask, "next_token": next_token}
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "sample", "report", "export"),
@@ -213,6 +214,10 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.predict import predict
 
             return predict(config, workdir, [*_names(IMAGES), *more], **saved)
+        case "sample" if config.task == "next_token":
+            from dblocks_jax.modes.continuing import continue_text
+
+            return continue_text(config, workdir, text=TEXT.value, count=COUNT.value, **saved)
         case "sample" if config.task == "mask":
             from dblocks_jax.modes.writing import sample_texts
 

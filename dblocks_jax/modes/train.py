@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dblocks_jax.modes.continuing import with_continuations
 from dblocks_jax.modes.generation import with_samples
 from dblocks_jax.modes.judge import check_judge
 from dblocks_jax.modes.writing import with_texts
@@ -14,8 +15,12 @@ from dblocks_jax.run.processes import are_several
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.mask.task import MASK
+from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.training import loop
+
+# task -> what scores at the end what a model made
+SCORED = {GENERATE.name: with_samples, MASK.name: with_texts, NEXT_TOKEN.name: with_continuations}
 
 
 def train(
@@ -33,8 +38,8 @@ def train(
         if config.score_samples and are_several():
             raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
-    if entry not in (GENERATE, MASK):
+    if entry.name not in SCORED:
         return result
     with saving(workdir):  # what is trained is not lost where samples cannot be made or judged
         write_json(workdir / "train.json", result)
-    return with_texts(result, config, workdir) if entry is MASK else with_samples(result, config, workdir)
+    return SCORED[entry.name](result, config, workdir)

@@ -12,12 +12,12 @@ from dblocks_jax.run.errors import UserError
 
 TYPES = {
     int: ("num_inference_steps",),
-    float: ("gamma", "sigma_min", "sigma_max", "sigma_data", "p_mean", "p_std", "cfg_scale", "class_dropout_prob"),
+    float: ("gamma", "sigma_min", "sigma_max", "sigma_data", "p_mean", "p_std"),
 }
+GUIDANCE = {float: ("cfg_scale", "class_dropout_prob")}  # types of the fields of tasks that have it
 CHOICES = {"sampler_spacing": ("cdf", "karras")}
 POSITIVE = ("sigma_min", "sigma_max", "sigma_data", "p_std")
-NOT_NEGATIVE = ("num_inference_steps", "cfg_scale")
-BELOW_ONE = ("class_dropout_prob",)
+NOT_NEGATIVE = ("num_inference_steps",)
 LARGEST = {"num_inference_steps": 1000}
 SMALLEST_SIGMA, LARGEST_SIGMA = 1e-6, 1e6  # their squares and quotients keep their digits in float32
 
@@ -34,11 +34,19 @@ def check_gaussian_fields(config: ConfigDict) -> None:
         choices=CHOICES,
         positive=POSITIVE,
         not_negative=NOT_NEGATIVE,
-        below_one=BELOW_ONE,
         largest=LARGEST,
     )
     if not 0 <= config.gamma <= 0.5:
         raise UserError(f"gamma must lie in [0, 0.5], not {config.gamma}")
+
+
+def check_guidance(config: ConfigDict) -> None:
+    """Refuse guidance that means nothing, for tasks that have it.
+
+    Raises:
+      UserError: naming the field.
+    """
+    check_fields(config, types=GUIDANCE, not_negative=("cfg_scale",), below_one=("class_dropout_prob",))
 
 
 def check_noise(config: ConfigDict) -> None:

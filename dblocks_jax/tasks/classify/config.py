@@ -7,7 +7,7 @@ from dblocks_jax.data.datasets import Card
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.run.checks import check_divides, check_fields, check_fits_host
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_noise
+from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_guidance, check_noise
 from dblocks_jax.tasks.images import check_image_fields, weights_of_transformer
 
 TYPES = {float: ("dropout", "init_noise_scale"), bool: ("open_gates", "resized_crop", "add_rand_aug")}
@@ -30,6 +30,7 @@ def check(config: ConfigDict) -> None:
     """
     check_fields(config, types=TYPES, choices=CHOICES, not_negative=NOT_NEGATIVE, below_one=("dropout",))
     check_gaussian_fields(config)
+    check_guidance(config)
     check_image_fields(config)
     if config.model_type == "dblock":
         check_divides(config, "num_blocks", "num_layers")

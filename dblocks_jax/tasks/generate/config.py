@@ -10,7 +10,7 @@ from dblocks_jax.models.dit import DiTArchitecture
 from dblocks_jax.run.checks import check_divides, check_fields, check_fits_host
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks import images
-from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_noise, gaussian
+from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_guidance, check_noise, gaussian
 
 TYPES = {int: ("score_samples",), float: ("latent_scale",), str: ("judge",)}
 CHOICES = {"partition": ("mass", "log"), "solver": ("euler", "heun")}
@@ -31,6 +31,7 @@ def check(config: ConfigDict) -> None:
       UserError: naming the field, its value and what it must be.
     """
     check_gaussian_fields(config)
+    check_guidance(config)
     images.check_image_fields(config)
     check_fields(config, types=TYPES, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
     check_divides(config, "num_blocks", "num_layers")

@@ -1,0 +1,101 @@
+"""Texts of a trained decoder: what it writes after a text that is given, or after beginnings of held-out ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from dblocks_jax.data.images import telling
+from dblocks_jax.modes.load import Trained, load_run, only
+from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, write_texts
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.naming import shown
+from dblocks_jax.tasks.next_token.generation import make_writer
+from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
+from dblocks_jax.tasks.text_scores import text_scores
+from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
+
+PROMPT_SHARE = 4  # of what a model sees one part in so many is given, where texts are made to be scored
+
+
+def write_on(trained: Trained, prompts: Int[np.ndarray, "n t"], count: int) -> Int[np.ndarray, "n count"]:
+    """`count` tokens after each prompt. Progress is told. A text is a function of the seed, its number and prompt."""
+    config = trained.config
+    write = make_writer(config, trained.blueprint)
+    size = min(config.eval_batch_size, len(prompts))
+    starts = list(range(0, len(prompts), size))
+    made = []
+    for start in telling(starts, total=len(prompts), each=size, doing="writing %s texts"):
+        numbers = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # the last fills the last batch
+        samples = jax.numpy.asarray(numbers, "int32")
+        with arithmetic(config):
+            tokens = [token for token, _ in write(trained.params, jax.numpy.asarray(prompts[numbers]), count, samples)]
+        made.append(np.stack(jax.device_get(tokens), axis=1)[: len(prompts) - start])
+    return np.concatenate(made)
+
+
+def continue_text(
+    config: ConfigDict, workdir: Path, *, text: str | None, count: int, overrides: dict[str, Any], checkpoint: str
+) -> dict[str, Any]:
+    """Go on from `text`, or from nothing but a space, `count` times, to the length that the model was trained on.
+
+    Raises:
+      UserError: there is no such run, the text does not fit, or the number is none.
+      Unsaved: the texts cannot be written.
+    """
+    if not 1 <= count <= MOST_TEXTS:
+        raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
+    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    card = only(NEXT_TOKEN, trained, workdir).card
+    prompt = card.vocabulary.encode(" " if text is None else text)
+    if not len(prompt):
+        raise UserError("--text is empty: leave it out, or write what is to be gone on from")
+    if len(prompt) >= card.length:
+        raise UserError(
+            f"the text has {len(prompt)} tokens, and with what follows the model sees {card.length}: shorten it"
+        )
+    made = write_on(trained, np.tile(prompt, (count, 1)), card.length - len(prompt))
+    texts = [card.vocabulary.decode(np.concatenate([prompt, row])) for row in made]
+    print("\n".join(shown(each) for each in texts[:STAGES]))
+    write_texts(workdir / TEXTS, texts)
+    about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
+    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
+
+
+def with_continuations(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """`result` of a run that is trained, with the scores of what it writes.
+
+    Raises:
+      UserError: its checkpoint cannot be read.
+    """
+    step = result.get("checkpoint")
+    if step is None or "bits" not in result or "diverged" in result or config.score_samples == 0:
+        return result
+    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
+    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
+    return result | score_continuations(trained, trained.entry.find_data(config), workdir)
+
+
+def score_continuations(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """Go on from the beginnings of `score_samples` held-out texts; score that beside how they go on; write TEXTS."""
+    count, card = trained.config.score_samples, trained.card
+    if count == 0:
+        return {}
+    test, decode = data.split("test"), card.vocabulary.decode
+    real = test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"].astype(np.int32)
+    given = max(1, card.length // PROMPT_SHARE)
+    made = write_on(trained, real[:, :given], card.length - given)
+    for prompt, row in zip(real[:STAGES, :given], made, strict=False):
+        logging.info("%s | %s", shown(decode(prompt)), shown(decode(row)))
+    write_texts(workdir / TEXTS, [decode(np.concatenate(pair)) for pair in zip(real[:, :given], made, strict=True)])
+    known = decode(data.split("train").tokens).split()
+    return {"num_samples": len(real)} | text_scores(_decoded(decode, made), _decoded(decode, real[:, given:]), known)
+
+
+def _decoded(decode: Any, rows: Int[np.ndarray, "n t"]) -> Sequence[str]:
+    return [decode(row) for row in rows]

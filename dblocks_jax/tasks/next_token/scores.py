@@ -1,0 +1,62 @@
+"""How many bits a character of held-out text takes, exactly: each token given those before it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from dblocks_jax.models.blueprint import Blueprint, Params
+from dblocks_jax.run.devices import to_device
+from dblocks_jax.run.streams import stream
+from dblocks_jax.tasks.next_token.denoiser import denoise
+from dblocks_jax.tasks.next_token.objective import token_cross_entropy
+from dblocks_jax.tasks.text import TextCard
+
+Score = Callable[[dict[str, Params], Any, Callable[[], None]], dict[str, Any]]
+
+
+def make_score(config: ConfigDict, blueprint: Blueprint, card: TextCard) -> Score:
+    """Build (parameters by part, split, what to call at each batch) -> {"bits", "num_sequences"}.
+
+    Of the plain model its cross-entropy. Of blocks that of the first one, asked where the sampler starts: at sigma_max,
+    with z = sigma_max * eps, in which there is nothing of the token. That is the probability of the next token as far
+    as blocks have one: what the others make of a draw from it has none that could be told. The first token of a
+    sequence is left out: nothing is before it.
+    """
+    is_plain = config.model_type == "llama"
+
+    @jax.jit
+    def costs_of(together, tokens: Array, positions: Int[Array, " b"]) -> Float[Array, " b"]:
+        tokens = tokens.astype(jnp.int32)
+        modules = blueprint.together(together)
+        if is_plain:
+            logits = modules[0](tokens)[:, :-1]
+        else:
+            keys = jax.vmap(lambda place: stream(0, "score", place))(positions)
+            z = config.sigma_max * jax.vmap(lambda key: jax.random.normal(key, (card.length, config.hidden_size)))(keys)
+            (shared, block), sigma = modules, jnp.full(len(tokens), config.sigma_max)
+            edm = {"sigma_data": config.sigma_data, "sigma_min": config.sigma_min}
+            logits = denoise(shared, block, tokens, z, sigma, **edm)[:, 1:]
+        return token_cross_entropy(logits, tokens[:, 1:]).sum(axis=1)
+
+    def run(params: dict[str, Params], source: Any, at_each_batch: Callable[[], None]) -> dict[str, Any]:
+        count = len(source)
+        size = min(config.eval_batch_size, count)
+        together = tuple(to_device(params[name]) for name in blueprint.names(0))
+        nats, characters = [], 0
+        for start in range(0, count, size):
+            at_each_batch()
+            places = np.arange(start, start + size) % count  # all batches have one shape
+            tokens = source.take(places)["tokens"]
+            real = min(size, count - start)
+            characters += card.vocabulary.count_characters(tokens[:real, 1:].ravel())
+            nats.append((real, costs_of(together, tokens, places.astype(np.int32))))
+        total = sum(np.sum(np.asarray(costs, np.float64)[:real]) for real, costs in nats)
+        return {"num_sequences": count, "bits": float(total / characters / math.log(2))}
+
+    return run

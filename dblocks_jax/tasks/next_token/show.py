@@ -1,0 +1,60 @@
+"""What a person wants to see of next-token text before it is trained, and of several runs side by side."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared
+from dblocks_jax.pages.figures import Figure
+from dblocks_jax.tasks.next_token.denoiser import denoise
+from dblocks_jax.tasks.next_token.generation import sampler_plan
+from dblocks_jax.tasks.next_token.task import NextToken
+
+FIGURES = (
+    Figure("bits", "bits per character", has_spread=True, digits=4),
+    Figure("distinct_2", "distinct pairs of words", is_share=True, has_spread=True),
+    Figure("repetition", "repeated words", is_share=True, has_spread=True),
+    Figure("known_words", "words that exist", is_share=True, has_spread=True),
+)
+ABOUT_FIGURES = (
+    "Bits that a character of the test text takes, given those before it, exactly: less is better; of blocks by the "
+    "first one, at the most noise. Of texts that were made: how many of their pairs of words are different, how much "
+    "is said again in the same text, and how many words the training text has too; the data's own stand in the results."
+)
+ABOUT_CURVE = "bits on text kept apart"
+
+
+class Step(nnx.Module):
+    """One denoising step: a block with what it shares."""
+
+    def __init__(self, shared: DBlockLlamaShared, block: DBlockLlamaBlock, sigma_data: float, sigma_min: float):
+        self.shared, self.block, self.sigma_data, self.sigma_min = shared, block, sigma_data, sigma_min
+
+    def __call__(self, tokens, z, sigma):
+        """Logits."""
+        return denoise(self.shared, self.block, tokens, z, sigma, sigma_data=self.sigma_data, sigma_min=self.sigma_min)
+
+
+def step_of(task: NextToken, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple[Any, ...]]:
+    """What one step runs, as one module, and arguments of it for one sequence."""
+    tokens = jnp.zeros((1, task.card.length), jnp.int32)
+    if task.is_plain:
+        return modules[0], (tokens,)
+    z = jnp.zeros((1, task.card.length, task.config.hidden_size))
+    shared, block = modules
+    return Step(shared, block, task.config.sigma_data, task.config.sigma_min), (tokens, z, jnp.ones(1))
+
+
+def levels_of(task: NextToken) -> list[float]:
+    """The noise levels that a token goes through."""
+    return [] if task.is_plain else [float(sigma) for sigma in sampler_plan(task.config)[0]]
+
+
+def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
+    for split in ("val", "test"):
+        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("bits"), int | float)]
+        if scored:
+            return [line["step"] for line in scored], [line["bits"] for line in scored]
+    return [], []
