@@ -15,23 +15,21 @@ from dblocks_jax.models.primitives import project
 from dblocks_jax.models.rms import normalize_rms, normalize_rms_modulated, swiglu
 
 
-def dense(qkv, before=None):
-    """The concatenated form, row by row: [those before; own] under a mask, twice as long as need be."""
+def dense(qkv, before):
+    """[those before; own] as one sequence, under a mask."""
     t = qkv.shape[1]
     q, k, v = jnp.moveaxis(qkv, 2, 0)
-    mask = np.tril(np.ones((t, t), bool))
-    if before is not None:
-        k, v = (jnp.concatenate([before[:, :, i], own], axis=1) for i, own in enumerate((k, v)))
-        mask = np.concatenate([np.tril(mask, -1), np.eye(t, dtype=bool)], axis=1)
+    k, v = (jnp.concatenate([before[:, :, i], own], axis=1) for i, own in enumerate((k, v)))
+    mask = np.concatenate([np.tril(np.ones((t, t), bool), -1), np.eye(t, dtype=bool)], axis=1)
     scores = jnp.einsum("bqhw,bthw->bhqt", q, k) / math.sqrt(qkv.shape[-1])
     probs = jax.nn.softmax(jnp.where(mask[None, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhqt,bthw->bqhw", probs, v)
 
 
 def test_attention_and_its_gradients_are_those_of_the_mask_written_out(key, monkeypatch):
+    """Those of a plain Llama's attention are PyTorch's, see tests/test_llama.py."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)  # one head at a time
     qkv, before = jax.random.normal(key, (2, 6, 3, 2, 5)), jax.random.normal(jax.random.key(1), (2, 6, 2, 2, 5))
-    assert_same_as_in_float64(causal_attend, dense, qkv)
     assert_same_as_in_float64(causal_attend, dense, qkv, before)
 
 

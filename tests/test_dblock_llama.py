@@ -1,5 +1,7 @@
 """Blocks that denoise tokens: what the mask written out gives, who reads whom, and text written with a cache."""
 
+import dataclasses
+import math
 from functools import cache, partial
 
 import jax
@@ -9,12 +11,13 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dblocks_jax.diffusion.precondition import precondition
 from dblocks_jax.models import chunks
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.dblock_llama import make_dblock_llama, run_block
 from dblocks_jax.models.llama import LlamaArchitecture
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.next_token.denoiser import denoise
+from dblocks_jax.tasks.next_token.denoiser import denoise, read_out
 from dblocks_jax.tasks.next_token.generation import choose_token, make_writer, sampler_plan, starting_noise
 from dblocks_jax.tasks.next_token.objective import denoising_losses
 
@@ -30,17 +33,14 @@ CONFIG = ConfigDict(
 )  # fmt: skip
 
 
-def opened(parts):
-    """The same with all parameters moved, so that gates are open and every head answers."""
-    for i, part in enumerate(parts.values()):
-        key = jax.random.key(i)
-        nnx.update(part, jax.tree.map(lambda p, key=key: p + 0.3 * jax.random.normal(key, p.shape), nnx.state(part)))
-    return parts
-
-
 @cache
-def tiny(head="linear", isolated=False, num_blocks=2):
-    return opened(make_dblock_llama(TINY, num_blocks, head=head, isolated=isolated, rngs=nnx.Rngs(0)))
+def tiny(head="linear", isolated=False):
+    """Parts with parameters drawn at random, so that gates are open and every head answers."""
+    make = partial(make_dblock_llama, TINY, 2, head=head, isolated=isolated)
+    parts = nnx.eval_shape(lambda: nnx.Dict(make(rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    nnx.update(parts, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.3, p.shape), p.dtype), nnx.state(parts)))
+    return dict(parts.items())
 
 
 def inputs(batch=2):
@@ -83,25 +83,13 @@ def concatenated(shared, block, clean, z_in, c_noise, c_noise_clean):
 
 
 def test_two_streams_are_one_sequence_under_a_mask():
-    """Values and every gradient, those of the embeddings and of the noise included."""
-    parts, (tokens, eps, _) = tiny(), inputs()
-    split = [nnx.split(parts[name]) for name in ("shared", "block_0")]
-
-    def value_and_grads(run):
-        @jax.jit
-        @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-        def of(params, z):
-            shared, block = (nnx.merge(graphdef, part) for (graphdef, _), part in zip(split, params, strict=True))
-            features = run(shared, block, shared.table()[tokens], z, jnp.array([0.3, -0.4]), -1.5)
-            return jnp.sum(features**3), features
-
-        (_, features), grads = of([params for _, params in split], eps)
-        return features, jax.tree.leaves(grads)
-
-    (ours, grads), (expected, grads_expected) = value_and_grads(run_block), value_and_grads(concatenated)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
-    for grad, other in zip(grads, grads_expected, strict=True):
-        np.testing.assert_allclose(grad, other, atol=1e-5 * np.abs(other).max())
+    """Gradients are those of the attention and the norms, see tests/test_causal.py."""
+    parts, (tokens, z, _) = tiny(), inputs()
+    shared, block = parts["shared"], parts["block_0"]
+    args = shared.table()[tokens], z, jnp.array([0.3, -0.4])
+    forward = lambda run: jax.jit(lambda *args: run(shared, block, *args, -1.5))(*args)  # noqa: E731
+    ours, expected = forward(run_block), forward(concatenated)
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_token_is_answered_for_from_those_before_it_alone():
@@ -109,6 +97,14 @@ def test_a_token_is_answered_for_from_those_before_it_alone():
     parts, (tokens, z, sigma) = tiny(), inputs()
     forward = jax.jit(lambda tokens, z: denoise(parts["shared"], parts["block_0"], tokens, z, sigma, **SIGMA))
     logits = forward(tokens, z)
+    # What the network is given, by hand: z / sqrt(sigma^2 + 0.25), and ln(sigma) / 4.
+    shared, block = parts["shared"], parts["block_0"]
+    z_in = z / jnp.sqrt(sigma**2 + 0.25)[:, None, None]
+    features = jax.jit(lambda *args: run_block(shared, block, *args, math.log(0.002) / 4))(
+        shared.table()[tokens], z_in, jnp.log(sigma) / 4
+    )
+    expected = features @ shared.head.linear.kernel[...]
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     for i in range(LENGTH):
         moved = forward(tokens.at[:, i].set((tokens[:, i] + 1) % TINY.vocab_size), z)
         np.testing.assert_array_equal(np.any(moved != logits, axis=(0, 2)), np.arange(LENGTH) > i)
@@ -119,34 +115,32 @@ def test_a_token_is_answered_for_from_those_before_it_alone():
 @pytest.mark.parametrize("head", ["linear", "denoised", "cosine"])
 def test_what_heads_read(head):
     """F, or D = c_skip z + c_out F with EDM's coefficients, or its cosines with the table."""
-    parts, (tokens, z, sigma) = tiny(head), inputs()
-    shared, s = parts["shared"], np.asarray(sigma)[:, None, None]
-    table = np.asarray(shared.embeddings[...] / np.linalg.norm(shared.embeddings[...], axis=1, keepdims=True))
-    total = s**2 + 0.25
-    features = run_block(
-        shared, parts["block_0"], jnp.asarray(table[tokens]), jnp.asarray(z / np.sqrt(total)), jnp.log(sigma) / 4,
-        np.log(0.002) / 4,
-    )  # fmt: skip
-    denoised = 0.25 / total * z + s * 0.5 / np.sqrt(total) * features
-    expected = {
-        "linear": lambda: features @ shared.head.linear.kernel[...],
-        "denoised": lambda: denoised @ shared.head.linear.kernel[...],
-        "cosine": lambda: (
-            shared.head.scale[...] * (denoised / np.linalg.norm(denoised, axis=-1, keepdims=True) @ table.T)
-        ),
-    }[head]()
-    logits = denoise(shared, parts["block_0"], tokens, z, sigma, **SIGMA)
+    shared, (_, z, sigma) = tiny(head)["shared"], inputs()
+    features, s = jax.random.normal(jax.random.key(6), z.shape), np.asarray(sigma)[:, None, None]
+    denoised = (0.25 * z + s * 0.5 * np.sqrt(s**2 + 0.25) * features) / (s**2 + 0.25)
+    if head == "cosine":
+        rows = np.asarray(shared.embeddings[...])
+        cosines = np.einsum("btd,vd->btv", denoised, rows) / np.linalg.norm(denoised, axis=-1, keepdims=True)
+        expected = shared.head.scale[...] * cosines / np.linalg.norm(rows, axis=-1)[None, None]
+    else:
+        expected = {"linear": features, "denoised": denoised}[head] @ shared.head.linear.kernel[...]
+    logits = read_out(shared, features, z, precondition(sigma, 0.5))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("places", [LENGTH, 2])
-def test_losses_are_of_every_token_and_weighted_apart(places, monkeypatch):
-    """Whether all logits exist at once or those of two places."""
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", places * 2 * TINY.vocab_size * 4)
+def test_losses_are_of_every_token_and_weighted_apart(monkeypatch):
+    """Read in parts, the logits of two places at a time."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2 * 2 * TINY.vocab_size * 4)
     parts, (tokens, eps, sigma) = tiny(), inputs()
     shared, block = parts["shared"], parts["block_1"]
-    losses = denoising_losses(shared, block, tokens, sigma, eps, **SIGMA)
-    logits = denoise(shared, block, tokens, shared.table()[tokens] + sigma[:, None, None] * eps, sigma, **SIGMA)
+
+    @jax.jit
+    def both():
+        z = shared.table()[tokens] + sigma[:, None, None] * eps
+        losses = denoising_losses(shared, block, tokens, sigma, eps, **SIGMA)
+        return losses, denoise(shared, block, tokens, z, sigma, **SIGMA)
+
+    losses, logits = both()
     probs = np.asarray(jax.nn.softmax(logits))
     picked = np.take_along_axis(probs, np.asarray(tokens)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(losses.each, -np.log(picked).mean(axis=1), rtol=1e-5)
@@ -154,13 +148,25 @@ def test_losses_are_of_every_token_and_weighted_apart(places, monkeypatch):
     np.testing.assert_allclose(losses.watched["accuracy"], (probs.argmax(-1) == tokens).mean(axis=1), rtol=1e-6)
 
 
+def test_parts_by_name_and_alike_in_structure():
+    assert set(tiny()) == {"shared", "block_0", "block_1"}
+    parts = tiny(isolated=True)
+    assert set(parts) == {"shared_0", "block_0", "shared_1", "block_1"}
+    assert nnx.graphdef(parts["shared_0"]) == nnx.graphdef(parts["shared_1"])
+    assert nnx.graphdef(parts["block_0"]) == nnx.graphdef(parts["block_1"])
+
+
 def test_a_fresh_block_hands_its_input_on():
     """All gates are closed: F is z_in, each token brought to a mean square of 1."""
-    parts = make_dblock_llama(TINY, 2, head="linear", isolated=True, rngs=nnx.Rngs(0))
-    assert list(parts) == ["shared_0", "block_0", "shared_1", "block_1"]
     _, z, sigma = inputs()
-    features = run_block(parts["shared_1"], parts["block_1"], z, z, sigma, 0.0)
-    np.testing.assert_allclose(features, z / np.sqrt(np.mean(z**2, axis=-1, keepdims=True)), rtol=1e-4)
+
+    @jax.jit
+    def features():
+        arch = dataclasses.replace(TINY, num_layers=1)
+        parts = make_dblock_llama(arch, 1, head="linear", isolated=False, rngs=nnx.Rngs(0))
+        return run_block(parts["shared"], parts["block_0"], z, z, sigma, 0.0)
+
+    np.testing.assert_allclose(features(), z / np.sqrt(np.mean(z**2, axis=-1, keepdims=True)), rtol=1e-4)
 
 
 def test_text_is_written_with_a_cache_as_without():

@@ -29,7 +29,7 @@ COSINE_SCALE = 16.0  # a softmax over cosines of less than 10 cannot name one to
 
 
 class LinearHead(nnx.Module):
-    """Logits as linear functions of the network's output, whatever the noise level."""
+    """Logits as linear functions of the network's output F, whose scale does not depend on the noise level."""
 
     def __init__(self, arch: LlamaArchitecture, *, rngs: nnx.Rngs):
         self.linear = Projection(arch.hidden_size, arch.vocab_size, rngs=rngs)

@@ -26,7 +26,8 @@ def from_reference_llama(weights: Mapping[str, np.ndarray], config: Any) -> Llam
       UserError: a parameter is missing, left over or of the wrong shape (it is named), or config does not fit.
     """
     weights = {name: np.asarray(value) for name, value in weights.items()}
-    model = Llama(read_architecture(weights, config), rngs=nnx.Rngs(0))
+    arch = read_architecture(weights, config)
+    model = nnx.eval_shape(lambda: Llama(arch, rngs=nnx.Rngs(0)))  # nothing is drawn that would be written over
     load_entries(_entries(model), weights)
     return model
 
