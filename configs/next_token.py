@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     # The diffusion.
     config.gamma = 0.1  # overlap of neighbouring blocks' noise ranges, as a share of each, in ln sigma; at most 0.5
     config.sigma_min = 0.002  # least noise
-    config.sigma_max = 80.0  # most noise, where the sampler starts
+    config.sigma_max = 5.0  # most noise, where the sampler starts: tokens of unit norm are lost in it (paper: 80)
     config.sigma_data = 0.5  # standard deviation of the targets, as preconditioning takes it
     config.p_mean = -1.2  # of ln sigma in training
     config.p_std = 1.2  # of ln sigma in training

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from runs import TINY
 
-from configs import classify, dblock_digits, dit_digits, generate
+from configs import classify, dblock_digits, dit_digits, generate, mask, next_token
 from dblocks_jax.modes import load
 from dblocks_jax.modes.load import load_run
 from dblocks_jax.modes.merge import merge
@@ -23,10 +23,14 @@ from dblocks_jax.run.checks import check_fields
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import METRICS, scores, write_json
 from dblocks_jax.tasks.classify import config as classify_fields
+from dblocks_jax.tasks.gaussian import GUIDANCE
 from dblocks_jax.tasks.gaussian import TYPES as GAUSSIAN
 from dblocks_jax.tasks.generate import config as generate_fields
 from dblocks_jax.tasks.images import TYPES as IMAGES
+from dblocks_jax.tasks.mask import config as mask_fields
+from dblocks_jax.tasks.next_token import config as next_token_fields
 from dblocks_jax.tasks.table import TASKS, entry_of
+from dblocks_jax.tasks.text import TYPES as TEXT
 from dblocks_jax.training import config as common_fields
 from dblocks_jax.training.setting import fresh_parts
 
@@ -99,11 +103,13 @@ def test_no_field_of_another_type_gets_past_the_check(task):
 
 
 @pytest.mark.parametrize(
-    ("fields", "own"), [(classify, classify_fields), (generate, generate_fields)], ids=["classify", "generate"]
+    ("fields", "own"),
+    [(classify, classify_fields), (generate, generate_fields), (mask, mask_fields), (next_token, next_token_fields)],
+    ids=["classify", "generate", "mask", "next_token"],
 )
 def test_every_field_has_a_type_or_choices_of_the_kind_of_its_default(fields, own):
     kinds = {}
-    for types in (common_fields.TYPES, GAUSSIAN, IMAGES, own.TYPES):
+    for types in (common_fields.TYPES, GAUSSIAN, GUIDANCE, IMAGES, TEXT, own.TYPES):
         kinds |= {name: kind for kind, names in types.items() for name in names}
     for name, default in fields.get_config().items():
         assert name == "task" or kinds.get(name, str) is type(default), name
