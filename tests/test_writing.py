@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from test_pages import Page
 
 from configs import mask
 from dblocks_jax.modes.evaluate import evaluate_run
+from dblocks_jax.modes.inspect import inspect
+from dblocks_jax.modes.load import load_trained
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.workdir import finish
 
@@ -43,3 +47,16 @@ def test_training_and_evaluation_score_alike(run):
     assert {"bits", "bits_error", "bits_by_block", "distinct_2", "repetition_data", "known_words"} <= names
     assert {name: scored[name] for name in names} == {name: trained[name] for name in names}
     assert len((workdir / "samples.txt").read_text().splitlines()) == 20
+
+
+def test_the_text_is_inspected(run, tmp_path, capsys):
+    config, workdir, _ = run
+    result = inspect(config, tmp_path)
+    text = text_of(1000)
+    train_part = text[: len(text) - len(text) // 20]
+    assert result["tokens"] == {"train": len(train_part), "test": len(text) // 20} and result["vocabulary"] == 27
+    params = load_trained(workdir).params
+    assert result["parameters"] == {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    page, printed = Page(tmp_path / "inspect.html"), capsys.readouterr().out
+    assert page.loaded == [] and page.pictures == 1 and train_part[:500] in page.text
+    assert "block 0: 1 .. 0.5 of the tokens hidden" in printed and f"{len(train_part):,} characters" in printed

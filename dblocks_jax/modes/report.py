@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dblocks_jax.diffusion.gaussian import Gaussian
 from dblocks_jax.modes.evaluate import find_data, how_scored
 from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.load import Trained, load_run
@@ -50,7 +49,8 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "step": loaded.step,
         "parameters": {name: num_parameters(part) for name, part in loaded.params.items()},
         "images": run["data"].get("images"),
-        "noise_ranges": describe_shares(loaded.task),
+        "shares": describe_shares(loaded.task),
+        "about_levels": SHOWN[loaded.entry.name].ABOUT_LEVELS,
         "class_names": loaded.card.class_names,
         "starts": read_starts(workdir),
         "here": {"python": platform.python_version(), "jax": jax.__version__, "device": jax.devices()[0].device_kind},
@@ -106,10 +106,7 @@ def draw(trained: Trained, lines: list[dict[str, Any]]) -> dict[str, str]:
     drawn = {"memory": _draw_memory(trained)}
     if any("blocks" in line for line in lines):
         drawn["loss"] = block_curves(lines, "loss", "loss", None if corruption is None else corruption.num_blocks)
-    if isinstance(corruption, Gaussian):
-        levels = SHOWN[trained.entry.name].levels_of(trained.task)
-        drawn["noise"] = charts.noise(corruption.noise, corruption.edges, levels)
-    return drawn
+    return drawn | SHOWN[trained.entry.name].draw_levels(trained.task)
 
 
 def _draw_memory(trained: Trained) -> str:

@@ -85,6 +85,25 @@ def noise(distribution: NoiseDistribution, edges: np.ndarray, sigmas: Sequence[f
         return _svg(figure)
 
 
+def shares(ranges: Sequence[tuple[float, float]], levels: Sequence[float]) -> str:
+    """How much is hidden when each block is trained, (low, high) of each, and the levels that the sampler visits."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _new()
+        colors = block_colors(len(ranges))
+        density = [1 / len(ranges) / (high - low) for low, high in ranges]
+        for block, ((low, high), height, color) in enumerate(zip(ranges, density, colors, strict=True)):
+            axes.bar(low, height, high - low, align="edge", color=color, alpha=0.6, linewidth=0)
+            axes.annotate(
+                f"block {block}", ((low + high) / 2, 0), (0, 4), textcoords="offset points",
+                ha="center", rotation=90, va="bottom", fontsize=9, color="white" if len(colors) < 8 else INK,
+            )  # fmt: skip
+        axes.plot(levels, np.zeros(len(levels)), "v", color=INK, markersize=4, clip_on=False, zorder=3)
+        axes.set(xlabel="share that is hidden (triangles: where the sampler looks)", ylabel="how often in training")
+        axes.set(xlim=(1, 0), ylim=(0, 1.15 * max(density)))  # the sampler goes from left to right
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        return _svg(figure)
+
+
 def over_steps(
     series: Mapping[str, tuple[Sequence[int], Sequence[float | None]]], colors: Sequence[Any], ylabel: str
 ) -> str:

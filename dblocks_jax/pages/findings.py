@@ -1,8 +1,19 @@
-"""A task's part of the page about a run, and the curves that all tasks have."""
+"""A task's part of the pages about a run and its data, and the curves that all tasks have."""
 
 from typing import Any, NamedTuple
 
 from dblocks_jax.pages import charts
+
+
+class DataShown(NamedTuple):
+    """What a task has to say of its data, for the page that is made before anything is trained."""
+
+    about: str  # in sentences
+    splits: dict[str, dict[str, int]]  # split -> how many of what, the same for all
+    result: dict[str, Any]  # the same for programs
+    pictures: dict[str, list[str]]  # examples of each kind
+    kinds_left: int  # of which no examples are shown
+    beginning: str  # of a text
 
 
 class Findings(NamedTuple):
