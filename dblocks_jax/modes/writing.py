@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.images import telling
@@ -16,9 +15,10 @@ from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.tasks.generate.pictures import write_grid
+from dblocks_jax.tasks.mask.report import Made
 from dblocks_jax.tasks.mask.sampler import make_sampler
 from dblocks_jax.tasks.mask.task import MASK
-from dblocks_jax.tasks.mask.writing import Template, all_hidden, read_template, show
+from dblocks_jax.tasks.mask.writing import Stage, Template, all_hidden, kept_steps, read_template, show
 from dblocks_jax.tasks.text_scores import text_scores
 from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
 
@@ -27,16 +27,17 @@ STAGES = 6  # of a text being uncovered that are shown
 MOST_TEXTS = 10_000
 
 
-class Stage(NamedTuple):
-    """Texts on their way."""
+class Scored(NamedTuple):
+    """What came of scoring what was made: nothing but an empty `figures` where nothing is asked for."""
 
-    block: int  # that uncovered what was uncovered last
-    tokens: Int[np.ndarray, "b t"]
-    is_hidden: Bool[np.ndarray, "b t"]
+    figures: dict[str, Any]
+    made: Made | None
 
 
 def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[Stage]]:
-    """Batches of texts made around a template: of each batch the stages, the last one the answer. Progress is told.
+    """Batches of texts made around a template: of each batch stages, the last one the answer. Progress is told.
+
+    A stage is what a block left to the next, and some between, so that each token's block is known.
 
     The same seed gives the same texts, in batches of one size.
     """
@@ -49,8 +50,8 @@ def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[S
         tokens, is_hidden = (np.broadcast_to(each, (size, len(each))) for each in template[:2])
         seed = config.seed + start
         with arithmetic(config):
-            steps = enumerate(sampler(trained.params, tokens, is_hidden, seed))
-            stages = [Stage(*jax.device_get(state)) for i, state in steps if i in kept]
+            steps = kept_steps(sampler(trained.params, tokens, is_hidden, seed), kept)
+            stages = [Stage(*jax.device_get(step)) for step in steps]
         yield [Stage(owner, *(each[: count - start] for each in state)) for owner, *state in stages]
 
 
@@ -114,14 +115,20 @@ def with_texts(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dic
 
 
 def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """The figures of `make_and_score`."""
+    return make_and_score(trained, data, workdir).figures
+
+
+def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """Make `score_samples` texts and score them beside held-out ones; write TEXTS, or of a model of pixels PICTURE."""
     count, card = trained.config.score_samples, trained.card
     if count == 0:
-        return {}
+        return Scored({}, None)
     if isinstance(card, PixelCard):
+        images = make_images(trained, count)
         with saving(workdir / PICTURE):
-            write_grid(workdir / PICTURE, make_images(trained, count))
-        return {"num_samples": count}
+            write_grid(workdir / PICTURE, images)
+        return Scored({"num_samples": count}, Made([], [], images))
     batches = list(uncover(trained, all_hidden(card), count))
     for stage in batches[0]:
         logging.info("block %d: %s", stage.block, show(stage.tokens[0], stage.is_hidden[0], card))
@@ -131,4 +138,5 @@ def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
     test = data.split("test")
     real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]
     known = decode(data.split("train").tokens).split()
-    return {"num_samples": count} | text_scores(texts, real, known)
+    first = [Stage(block, *(each[:1] for each in state)) for block, *state in batches[0]]
+    return Scored({"num_samples": count} | text_scores(texts, real, known), Made(first, texts, None))

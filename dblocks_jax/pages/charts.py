@@ -43,6 +43,13 @@ def block_colors(num_blocks: int) -> list[Any]:
     return list(mpl.colormaps["viridis"](np.linspace(0.05, 0.8, num_blocks))) if num_blocks > 1 else [ACCENT]
 
 
+def tints(num_blocks: int) -> list[str]:
+    """The blocks' colours, so light that text is read on them."""
+    return [
+        mpl.colors.to_hex(1 - 0.35 * (1 - np.asarray(mpl.colors.to_rgb(each)))) for each in block_colors(num_blocks)
+    ]
+
+
 def _new(width: float = 4.8, height: float = 3.0) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()

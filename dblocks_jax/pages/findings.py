@@ -35,3 +35,13 @@ def block_curves(lines: list[dict[str, Any]], metric: str, ylabel: str, num_bloc
         series["model" if num_blocks is None else f"block {name}"] = tuple(zip(*of_block, strict=True))
     colors = charts.block_colors(num_blocks or 1)
     return charts.over_steps(series, [colors[int(name)] for name in names], ylabel)
+
+
+def held_out_curves(lines: list[dict[str, Any]], metric: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Split -> (steps, a figure there), of the splits that are on record."""
+    curves = {}
+    for split in ("val", "test"):
+        scored = [line for line in lines if line.get("split") == split and isinstance(line.get(metric), int | float)]
+        if scored:
+            curves[f"{split} split"] = ([line["step"] for line in scored], [line[metric] for line in scored])
+    return curves

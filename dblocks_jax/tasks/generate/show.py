@@ -9,7 +9,7 @@ from dblocks_jax.data.datasets import Dataset
 from dblocks_jax.models.dit import DiTBlock, DiTShared
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
-from dblocks_jax.pages.findings import DataShown
+from dblocks_jax.pages.findings import DataShown, held_out_curves
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.denoiser import denoise
 from dblocks_jax.tasks.generate.sampler import sampler_plan
@@ -60,11 +60,7 @@ def draw_levels(task: Generate) -> dict[str, str]:
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    for split in ("val", "test"):
-        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("loss"), int | float)]
-        if scored:
-            return [line["step"] for line in scored], [line["loss"] for line in scored]
-    return [], []
+    return next(iter(held_out_curves(lines, "loss").values()), ([], []))
 
 
 def data_shown(task: Generate, dataset: Dataset) -> DataShown:

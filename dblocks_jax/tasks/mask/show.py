@@ -9,7 +9,7 @@ from dblocks_jax.data.pixels import GREY_LEVELS, Pixels
 from dblocks_jax.models.masked_transformer import MaskedBlock, MaskedShared, run_block
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
-from dblocks_jax.pages.findings import DataShown
+from dblocks_jax.pages.findings import DataShown, held_out_curves
 from dblocks_jax.tasks.image_show import images_shown
 from dblocks_jax.tasks.mask.task import Mask
 from dblocks_jax.tasks.text_show import text_shown
@@ -62,8 +62,4 @@ def data_shown(task: Mask, data: Any) -> DataShown:
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    for split in ("val", "test"):
-        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("bits"), int | float)]
-        if scored:
-            return [line["step"] for line in scored], [line["bits"] for line in scored]
-    return [], []
+    return next(iter(held_out_curves(lines, "bits").values()), ([], []))
