@@ -1,6 +1,6 @@
 """Texts of a trained masked model: made from nothing or around what is given, watched while they are, and scored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from dblocks_jax.tasks.mask.report import Made
 from dblocks_jax.tasks.mask.sampler import make_sampler
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import Stage, Template, all_hidden, kept_steps, read_template, show
+from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.tasks.text_scores import text_scores
 from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
 
@@ -81,7 +82,7 @@ def sample_texts(
     batches = list(uncover(trained, template, count))
     for stage in batches[0]:
         print(f"block {stage.block}: {show(stage.tokens[0], stage.is_hidden[0], card)}")
-    texts = [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
+    texts = texts_of(batches, template, card)
     write_texts(workdir / TEXTS, texts)
     return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
 
@@ -92,6 +93,18 @@ def make_images(trained: Trained, count: int) -> np.ndarray:
     whole = Template(np.zeros(card.length, np.int32), np.ones(card.length, bool), card.length)
     tokens = np.concatenate([stages[-1].tokens for stages in uncover(trained, whole, count)])
     return tokens.astype(np.uint8).reshape(count, *card.images.image_shape)
+
+
+def make_texts(trained: Trained, count: int, template: Template | None = None) -> list[str]:
+    """Texts made from nothing or around a template, as much of them as it gives."""
+    template = all_hidden(trained.card) if template is None else template
+    batches = uncover(trained, template, count)
+    return texts_of(batches, template, trained.card)
+
+
+def texts_of(batches: Iterable[list[Stage]], template: Template, card: TextCard) -> list[str]:
+    """What became of each text in the end."""
+    return [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
@@ -129,11 +142,12 @@ def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
         with saving(workdir / PICTURE):
             write_grid(workdir / PICTURE, images)
         return Scored({"num_samples": count}, Made([], [], images))
-    batches = list(uncover(trained, all_hidden(card), count))
+    template = all_hidden(card)
+    batches = list(uncover(trained, template, count))
     for stage in batches[0]:
         logging.info("block %d: %s", stage.block, show(stage.tokens[0], stage.is_hidden[0], card))
     decode = card.vocabulary.decode
-    texts = [decode(row) for stages in batches for row in stages[-1].tokens]
+    texts = texts_of(batches, template, card)
     write_texts(workdir / TEXTS, texts)
     test = data.split("test")
     real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Int
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
@@ -45,9 +46,7 @@ def block_colors(num_blocks: int) -> list[Any]:
 
 def tints(num_blocks: int) -> list[str]:
     """The blocks' colours, so light that text is read on them."""
-    return [
-        mpl.colors.to_hex(1 - 0.35 * (1 - np.asarray(mpl.colors.to_rgb(each)))) for each in block_colors(num_blocks)
-    ]
+    return [to_hex(1 - 0.35 * (1 - np.asarray(to_rgb(each)))) for each in block_colors(num_blocks)]
 
 
 def _new(width: float = 4.8, height: float = 3.0) -> tuple[Figure, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from dblocks_jax.data.vocabulary import Vocabulary
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.findings import Findings, block_curves, held_out_curves
 from dblocks_jax.pages.pictures import data_uri
@@ -44,17 +45,18 @@ def look(task: Mask, found: dict[str, Any], made: Made | None, lines: list[dict[
     `lines` are those of its log.
     """
     made = Made([], [], None) if made is None else made
+    vocabulary: Any = task.card.vocabulary
     values = {
         "unit": unit(task.card),
         "is_text": isinstance(task.card, TextCard),
         "tints": charts.tints(task.config.num_blocks),
         "stages": [
-            {"block": stage.block, "pieces": pieces(stage.tokens[0], owners[0], task.card)}
+            {"block": stage.block, "pieces": pieces(stage.tokens[0], owners[0], vocabulary)}
             for stage, owners in zip(made.stages, uncovered_by(made.stages), strict=True)
         ],
         "texts": made.texts[:TEXTS],
         "samples": [] if made.images is None else [data_uri(image) for image in made.images[:IMAGES]],
-        "guessing": math.log2(len(task.card.vocabulary)),
+        "guessing": math.log2(len(vocabulary)),
         "of_texts": [
             {"words": words, "made": found[name], "data": found[f"{name}_data"]}
             for name, words in OF_TEXTS
@@ -64,12 +66,12 @@ def look(task: Mask, found: dict[str, Any], made: Made | None, lines: list[dict[
     return Findings(found, values, draw(lines, task), {})
 
 
-def pieces(tokens: Int[np.ndarray, " t"], owners: Int[np.ndarray, " t"], card: TextCard) -> list[Piece]:
+def pieces(tokens: Int[np.ndarray, " t"], owners: Int[np.ndarray, " t"], vocabulary: Vocabulary) -> list[Piece]:
     """A text, cut where another block has uncovered it."""
     found = []
     for owner, places in groupby(range(len(tokens)), key=lambda place: int(owners[place])):
         mine = tokens[list(places)]
-        found.append(Piece(owner, BLANK * len(mine) if owner == -1 else card.vocabulary.decode(mine)))
+        found.append(Piece(owner, BLANK * len(mine) if owner == -1 else vocabulary.decode(mine)))
     return found
 
 

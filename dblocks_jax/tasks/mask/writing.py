@@ -38,10 +38,19 @@ def read_template(text: str, card: TextCard) -> Template:
     """A text in which each BLANK is a symbol to be found.
 
     Raises:
-      UserError: it holds what the vocabulary lacks, is longer than the model sees, empty, or without a blank.
+      UserError: it is without a blank, or none that `read_text` takes.
     """
     if BLANK not in text:
         raise UserError(f"the text {shown(text)!r} has nothing to fill in: write {BLANK} for each missing symbol")
+    return read_text(text, card)
+
+
+def read_text(text: str, card: TextCard) -> Template:
+    """A text in which BLANKs, if there are any, are symbols to be found.
+
+    Raises:
+      UserError: it holds what the vocabulary lacks, is longer than the model sees, or empty.
+    """
     tokens, is_hidden = [], []
     for index, piece in enumerate(text.split(BLANK)):
         if index:
@@ -51,6 +60,8 @@ def read_template(text: str, card: TextCard) -> Template:
         tokens += seen
         is_hidden += [False] * len(seen)
     given = len(tokens)
+    if not given:
+        raise UserError("the text is empty: write some")
     if given > card.length:
         raise UserError(f"the text has {given} symbols, of which the model sees {card.length}: shorten it")
     rest = card.length - given
