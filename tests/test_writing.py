@@ -201,11 +201,16 @@ def test_an_exported_masked_model_is_loaded_and_described(run, exported):
     assert f"| bits per character | {trained['bits']:.4f} at most, ± {trained['bits_error']:.4f}" in text
     assert "a text of one's own" in text and "- block 1: 0.5 .. 0 of the tokens hidden" in text
     [code] = re.findall(r"```python\n(import numpy.*?)```", text, re.S)
-    for name, opened in (("uncover.stablehlo", '"rb"'), ("config.json", None)):
-        place = f'open("{name}", {opened})' if opened else f'open("{name}")'
-        assert place in code
-        code = code.replace(place, place.replace(name, str(folder / name)))
-    known: dict = {}
+    known: dict = {
+        "program": (folder / "uncover.stablehlo").read_bytes(),
+        "config": (folder / "config.json").read_text(),
+    }
+    for reading, name in (
+        ('open("uncover.stablehlo", "rb").read()', "program"),
+        ('open("config.json").read()', "config"),
+    ):
+        assert reading in code
+        code = code.replace(reading, name)
     exec(code, known)
     assert known["tokens"].shape == (1, 8) and not known["is_hidden"].any()
     assert known["tokens"][0, [0, 2]].tolist() == [20, 5]  # "t" and "e", which were given

@@ -41,6 +41,7 @@ def answerer(task: Mask, blueprint: Blueprint) -> Callable[..., Float[Array, "b 
     owners = np.array(task.corruption.owners(np.arange(length + 1) / length), np.int32)  # by how many are hidden
 
     def answer(params, tokens, is_hidden) -> Array:
+        tokens, is_hidden = jnp.asarray(tokens), jnp.asarray(is_hidden)
         number = jnp.sum(is_hidden, axis=1)
         level, owner = number.astype(jnp.float32) / length, jnp.asarray(owners)[number]
         logits = jnp.zeros((*tokens.shape, symbols))
