@@ -38,11 +38,11 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config fil
 MODES = {
     "train": "start or resume a run",
     "eval": "score a saved run",
-    "predict": "classify image files",
-    "sample": "make images",
+    "predict": "classify image files; score a text, or fill in its blanks",
+    "sample": "make images or texts",
     "report": "one HTML page about a run",
     "compare": "one HTML page and a table about several runs",
-    "inspect": "model, noise ranges and data, without training",
+    "inspect": "model, blocks' shares and data, without training",
     "memory": "what a step needs, without training",
     "merge": "join blocks that were trained apart",
     "import": "make a run of the released program's checkpoint",
@@ -58,7 +58,7 @@ IMAGES = flags.DEFINE_multi_string("images", [], "For predict: image files and f
 SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of the released program.")
 CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of classes, with commas between [all].")
 COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images or texts.")
-TEXT = flags.DEFINE_string("text", None, "For sample: what to go on from, or a text with _ for each missing symbol.")
+TEXT = flags.DEFINE_string("text", None, "For sample and predict: a text; where symbols are masked _ is one to find.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 # task -> the config file with all of its fields
@@ -74,10 +74,13 @@ MODES_OF = {
     "gib": ("memory",),
     "classes": ("sample",),
     "count": ("sample",),
-    "text": ("sample",),
+    "text": ("sample", "predict"),
     "cfg_scale": ("sample",),
 }
-NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
+# flag -> the tasks whose models have a use for it
+TASKS_OF = {"images": ("classify",), "classes": ("generate",), "cfg_scale": ("generate",), "text": ("mask",)}
+# mode -> the flags of which it needs one
+NEEDED = {"merge": ("parts",), "compare": ("runs",), "predict": ("images", "text"), "import": ("source",)}
 
 KINDS = {  # how the reason begins why a flag does not parse -> what it must be
     "('Non-boolean": "True or False",
@@ -114,17 +117,23 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
     for flag, modes in MODES_OF.items():
         if flags.FLAGS[flag].present and mode not in modes:
             return f"--{flag} is for --mode={' or '.join(modes)}, not for {mode}"
-    if mode in NEEDED and not any(flags.FLAGS[NEEDED[mode]].value or ""):
-        return f"--mode={mode} needs --{NEEDED[mode]}"
+    task = config.get("task") if isinstance(config, ConfigDict) else None
+    for flag, tasks in TASKS_OF.items():
+        if flags.FLAGS[flag].present and task in DEFAULTS and task not in tasks:
+            return f"--{flag} is for models of the task {' or '.join(tasks)}, not for {task}"
+    needed = [flag for flag in NEEDED.get(mode, ()) if task is None or task in TASKS_OF.get(flag, (task,))]
+    if mode in NEEDED and not needed:
+        return f"--mode={mode} is not for models of the task {task}"
+    if needed and not any(flags.FLAGS[flag].present and any(flags.FLAGS[flag].value or "") for flag in needed):
+        return f"--mode={mode} needs {' or '.join(f'--{flag}' for flag in needed)}"
     if GIB.value is not None and not 0 < GIB.value < math.inf:
         return f"--gib must be a finite number greater than 0, not {GIB.value}"
-    if rest and mode not in ("compare", "predict"):
+    if rest and (mode not in ("compare", "predict") or not flags.FLAGS[NEEDED[mode][0]].present):
         return f"unexpected argument {rest[0]!r}: flags start with --"
     if config is None:  # comparing reads those of the runs
         return (
             None if mode == "compare" else "--config is missing: name a file, such as --config=configs/dblock_digits.py"
         )
-    task = config.get("task") if isinstance(config, ConfigDict) else None
     if task not in DEFAULTS:
         return f"get_config must return a ConfigDict whose task is one of {', '.join(DEFAULTS)}, not {task!r}"
     if differing := set(config) ^ set(DEFAULTS[task].get_config()):
@@ -210,6 +219,10 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.evaluate import evaluate_run
 
             return evaluate_run(config, workdir, **saved)
+        case "predict" if config.task in TASKS_OF["text"]:
+            from dblocks_jax.modes.reading import predict_text
+
+            return predict_text(config, workdir, TEXT.value or "", **saved)
         case "predict":
             from dblocks_jax.modes.predict import predict
 

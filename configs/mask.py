@@ -26,11 +26,4 @@ def get_config() -> ConfigDict:
     config.temperature = 1.0  # of the logits that symbols are drawn from
     config.bound_draws = 8  # times that each held-out sequence is looked at, with other symbols hidden
     config.score_samples = 100  # texts that are made to be scored when training ends
-
-    # As masked diffusion is trained.
-    config.lr = 3e-4
-    config.weight_decay = 0.03
-    config.scheduler_type = "cosine"
-    config.num_warmup_steps = 2000
-    config.ema_decay = 0.9999
     return config

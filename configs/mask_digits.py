@@ -16,6 +16,8 @@ def get_config():
     config.num_epochs = 60
     config.batch_size = 64
     config.lr = 1e-3
+    config.weight_decay = 0.03
+    config.scheduler_type = "cosine"
     config.num_warmup_steps = 100
     config.ema_decay = 0.999
     config.save_every_n_epochs = 60

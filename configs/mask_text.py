@@ -16,6 +16,8 @@ def get_config():
     config.max_steps = 1500
     config.batch_size = 32
     config.lr = 2e-3
+    config.weight_decay = 0.03
+    config.scheduler_type = "cosine"
     config.num_warmup_steps = 100
     config.ema_decay = 0.995
     config.save_every_n_epochs = 3

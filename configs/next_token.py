@@ -37,8 +37,4 @@ def get_config() -> ConfigDict:
 
     # Scores.
     config.score_samples = 100  # texts that are made to be scored when training ends
-
-    # As decoders are trained.
-    config.lr = 3e-4
-    config.num_warmup_steps = 2500
     return config

@@ -10,12 +10,22 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from dblocks_jax.tasks import gaussian, images  # noqa: E402
+from dblocks_jax.tasks import gaussian, images, text  # noqa: E402
 from dblocks_jax.tasks.classify import config as classify  # noqa: E402
+from dblocks_jax.tasks.generate import config as generate  # noqa: E402
+from dblocks_jax.tasks.mask import config as mask  # noqa: E402
+from dblocks_jax.tasks.next_token import config as next_token  # noqa: E402
 from dblocks_jax.tasks.table import TASKS  # noqa: E402
 from dblocks_jax.training import config as training  # noqa: E402
 
-CHECKS = (training, classify, gaussian, images)  # where fields are checked
+# Where the fields of a task are checked.
+CHECKS: dict[str, tuple[Any, ...]] = {
+    "common": (training,),
+    "classify": (training, classify, gaussian, images),
+    "generate": (training, generate, gaussian, images),
+    "mask": (training, mask, text),
+    "next_token": (training, next_token, gaussian, text),
+}
 
 PAGE = ROOT / "docs" / "configuration.md"
 FIELD = re.compile(r"    config\.(\w+) = .*?(?:  # (.*))?$")
@@ -48,27 +58,27 @@ def read_sections(source: str) -> dict[str, list[Field]]:
     return sections
 
 
-def checked(name: str) -> dict[str, Any]:
-    """What the checks know: a name of ours -> all that they list under it."""
-    lists = [getattr(module, name) for module in CHECKS if hasattr(module, name)]
+def checked(task: str, name: str) -> dict[str, Any]:
+    """What the checks of a task know: a name of ours -> all that they list under it."""
+    lists = [getattr(module, name) for module in CHECKS[task] if hasattr(module, name)]
     return {key: each[key] if isinstance(each, dict) else True for each in lists for key in each}
 
 
-def allowed(name: str, default: Any) -> str:
+def allowed(task: str, name: str, default: Any) -> str:
     """What a field may be, in words."""
-    if name in checked("CHOICES"):
-        return ", ".join(f'`"{choice}"`' for choice in checked("CHOICES")[name])
+    if name in checked(task, "CHOICES"):
+        return ", ".join(f'`"{choice}"`' for choice in checked(task, "CHOICES")[name])
     if isinstance(default, bool):
         return "`True`, `False`"
     bounds = []
-    if name in checked("POSITIVE"):
+    if name in checked(task, "POSITIVE"):
         bounds.append("> 0")
-    if name in checked("NOT_NEGATIVE"):
+    if name in checked(task, "NOT_NEGATIVE"):
         bounds.append(">= 0")
-    if name in checked("BELOW_ONE"):
+    if name in checked(task, "BELOW_ONE"):
         bounds.append("0 to below 1")
-    if name in checked("LARGEST"):
-        bounds.append(f"at most {checked('LARGEST')[name]:,}")
+    if name in checked(task, "LARGEST"):
+        bounds.append(f"at most {checked(task, 'LARGEST')[name]:,}")
     return ", ".join(bounds)
 
 
@@ -114,7 +124,13 @@ def make() -> str:
         parts.append(f"## Fields of {'all tasks' if name == 'common' else f'the task `{name}`'}\n")
         for title, fields in read_sections((ROOT / "configs" / f"{name}.py").read_text()).items():
             rows = [
-                (f"`{field}`", f"`{defaults[field]!r}`", meaning, allowed(field, defaults[field]), changeable(field))
+                (
+                    f"`{field}`",
+                    f"`{defaults[field]!r}`",
+                    meaning,
+                    allowed(name, field, defaults[field]),
+                    changeable(field),
+                )
                 for field, meaning in fields
             ]
             parts += [f"### {title}\n", table(("field", "default", "meaning", "allowed", "may change"), rows) + "\n"]

@@ -24,9 +24,10 @@ from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample
 from dblocks_jax.modes.train import train
+from dblocks_jax.pages.findings import held_out_curves
 from dblocks_jax.run.errors import Diverged, UserError
 from dblocks_jax.run.workdir import finish
-from dblocks_jax.tasks.generate.report import after_each_block, first_of_each, held_out_curves
+from dblocks_jax.tasks.generate.report import after_each_block, first_of_each
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
 from dblocks_jax.tasks.images import find_dataset
 
@@ -174,7 +175,7 @@ def test_the_first_sample_of_each_class_is_followed():
 
 def test_the_curve_is_that_of_the_splits_on_record():
     lines = [{"step": 1, "blocks": {}}, {"step": 2, "split": "test", "loss": 0.5}, {"step": 3, "split": "val"}]
-    assert held_out_curves([*lines, {"step": 4, "split": "test", "loss": None}]) == {"test split": ([2], [0.5])}
+    assert held_out_curves([*lines, {"step": 4, "split": "test", "loss": None}], "loss") == {"test split": ([2], [0.5])}
 
 
 def test_images_that_are_not_finite_have_no_score(run, tmp_path):

@@ -61,4 +61,4 @@ class Gaussian:
 
     def describe(self, block: int) -> str:
         """A block's own interval in words."""
-        return f"{self.edges[block]:.3g} .. {self.edges[block + 1]:.3g}"
+        return f"sigma {self.edges[block]:.3g} .. {self.edges[block + 1]:.3g}"

@@ -33,7 +33,8 @@ PAGE = "compare.html"
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
 LONGEST_NAME = 24
 UNLIMITED = 100_000  # columns
-OF_ONES_OWN = ("folder", "latents")  # data sets that a folder names
+OF_ONES_OWN = ("folder", "latents", "text_file")  # data sets that a path names
+COUNTED = {"num_images": "images", "num_sequences": "sequences"}  # how a result says what it is of: in words
 # Which say nothing about the method: runs that differ in these belong together.
 # "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
 NOT_COMPARED = {"seed", "dataset", *FREE_TO_CHANGE} - {"save_top_k"}
@@ -57,8 +58,8 @@ class Run:
         return self.result.get("diverged", False) or any(self.result.get(name, 0) is None for name in names)
 
     @property
-    def images(self) -> str:
-        """The data set. Of images of one's own the folder says which they are."""
+    def data(self) -> str:
+        """The data set. Of one's own the path says which they are."""
         name = str(self.config["dataset"])
         if name in OF_ONES_OWN:
             name += f" {self.result.get('data_dir', self.config['data_dir'])}"
@@ -66,8 +67,10 @@ class Run:
 
     @property
     def dataset(self) -> str:
-        """The images that it was scored on."""
-        return f"{self.images}, {self.result['num_images']:,} images" if "num_images" in self.result else self.images
+        """What it was scored on."""
+        return ", ".join(
+            [self.data, *(f"{self.result[key]:,} {what}" for key, what in COUNTED.items() if key in self.result)]
+        )
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,9 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
 
 def scored_on(run: Run, runs: Sequence[Run]) -> str:
     """The data set whose table a run is in. One that was ended while it trained was not scored: it joins the others."""
-    others = [each.dataset for each in runs if (each.entry, each.images) == (run.entry, run.images)]
-    scored = [dataset for dataset in others if dataset != run.images]
-    return scored[0] if run.is_diverged and scored and "num_images" not in run.result else run.dataset
+    others = [each.dataset for each in runs if (each.entry, each.data) == (run.entry, run.data)]
+    scored = [dataset for dataset in others if dataset != run.data]
+    return scored[0] if run.is_diverged and scored and run.dataset == run.data else run.dataset
 
 
 def figures_of(runs: Sequence[Run]) -> list[Figure]:

@@ -8,11 +8,13 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.source import Data
 from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.modes.writing import score_texts
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.processes import check_alike, first_process_first
-from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
+
+SCORE_MADE = {"generate": score_samples, "mask": score_texts}  # task -> what scores what a model makes
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
@@ -26,8 +28,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
-    if trained.entry is GENERATE:
-        found |= score_samples(trained, data, workdir)
+    if trained.entry.name in SCORE_MADE and "diverged" not in found:
+        found |= SCORE_MADE[trained.entry.name](trained, data, workdir)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
     return result | how_scored(trained)
 

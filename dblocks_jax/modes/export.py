@@ -31,18 +31,20 @@ from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import read_saved, write_json
 from dblocks_jax.tasks.classify import export as of_classifier
 from dblocks_jax.tasks.generate import export as of_generator
+from dblocks_jax.tasks.mask import export as of_masked
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
 
 FOLDER, CARD = "export", "README.md"
-PROGRAMS: dict[str, Any] = {"classify": of_classifier, "generate": of_generator}  # by task
+PROGRAMS: dict[str, Any] = {"classify": of_classifier, "generate": of_generator, "mask": of_masked}  # by task
 PLATFORMS = ("cpu", "cuda")
+OF_ONES_OWN = {"folder": "images of one's own", "text_file": "a text of one's own"}  # data set -> in words
 
 
 def export_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     """Write a run's model into <workdir>/export, load both forms back and compare their answers.
 
-    WEIGHTS, with CONFIG beside it, is what `load_trained` takes. The task's program is the whole sampler with the
+    WEIGHTS, with CONFIG beside it, is what `load_trained` takes. The task's program is its answer with the
     weights inside, for any number of examples, to be called through `jax.export` alone: see tasks/*/export.py.
 
     Raises:
@@ -161,18 +163,18 @@ def model_card(trained: Trained, scores: dict[str, Any], imported: str | None = 
     `imported` names the file that the weights came from, if they were not trained here.
     """
     config, form = trained.config, PROGRAMS[trained.entry.name]
-    trained_on = "images of one's own" if config.dataset == "folder" else shown(config.dataset)
+    trained_on = OF_ONES_OWN.get(config.dataset, shown(config.dataset))
     values = {
         "facts": form.facts(config, trained_on, scores),
         "kind": form.describe(config),
         "trained_on": trained_on,
         "scores": scores,
-        "card": replace(trained.card, class_names=tuple(map(shown, trained.card.class_names))),
+        "card": form.safe(trained.card),
         "config": config,
         "step": trained.step,
         "imported": imported and shown(imported),
         "parameters": sum(num_parameters(part) for part in trained.params.values()),
-        "noise_ranges": describe_shares(trained.task),
+        "shares": describe_shares(trained.task),
         "program": form.PROGRAM,
         "weights": WEIGHTS,
     }

@@ -1,17 +1,12 @@
-"""`--mode=inspect`: what a config describes, before anything is trained: modules, noise ranges, data."""
+"""`--mode=inspect`: what a config describes, before anything is trained: modules, the share of each block, data."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.datasets import Dataset, Source
-from dblocks_jax.diffusion.gaussian import Gaussian
-from dblocks_jax.pages import charts
-from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.tasks.table import SHOWN, entry_of
@@ -22,48 +17,41 @@ from dblocks_jax.training.setting import new_model
 PAGE = "inspect.html"
 DEPTH = 4  # of the module table: down to the parts of a layer
 NARROWEST = 150  # characters of the module table, which a narrower terminal would cut
-SAMPLES_OF_A_CLASS, MOST_CLASSES = 6, 20
 
 
 def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Print the modules of a step and the noise ranges, and write PAGE, with images of each class, into `workdir`.
+    """Print the modules of a step and the blocks' shares, and write PAGE, with some of the data, into `workdir`.
 
     Raises:
       UserError: the config is wrong, its data cannot be had, or the page cannot be written.
     """
     entry = entry_of(config)
     check_config(entry, config)
-    dataset: Any = entry.find_data(config)
-    train, val, test = dataset.split("train"), dataset.split("val"), dataset.split("test")
-    task, shown = entry.make(config, dataset), SHOWN[entry.name]
+    data: Any = entry.find_data(config)
+    task, shown = entry.make(config, entry.card(data.to_dict())), SHOWN[entry.name]
     with on_cpu(), arithmetic(config):
         blueprint, params = new_model(task, config.seed)
         together = blueprint.together([params[name] for name in blueprint.names(0)])
         table = tabulate(*shown.step_of(task, together))
     parameters = {name: num_parameters(part) for name, part in params.items()}
-    length = count_steps(entry, config, len(train))
-    splits = {"train": train, "val": val, "test": test}
-    counts = {name: count_classes(split, dataset) for name, split in splits.items() if split is not None}
+    length = count_steps(entry, config, len(data.split("train")))
+    of_data = shown.data_shown(task, data)
     print(table)
     for name, count in parameters.items():
         print(f"{name}: {count:,} parameters")
     for block, text in describe_shares(task).items():
-        print(f"block {block}: sigma {text}")
-    for name, of_class in counts.items():
-        print(f"{name}: {sum(of_class):,} images, {min(of_class):,} to {max(of_class):,} of a class")
-    drawn = {}
-    if isinstance(task.corruption, Gaussian):
-        drawn["noise"] = charts.noise(task.corruption.noise, task.corruption.edges, shown.levels_of(task))
+        print(f"block {block}: {text}")
+    for name, counts in of_data.splits.items():
+        print(f"{name}: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
     page = {
         "name": f"{config.dataset}, {entry.describe(config)}",
-        "dataset": dataset,
-        "counts": counts,
-        "samples": samples(train, dataset),
-        "about_images": shown.about_images(task),
+        "data": of_data,
         "table": table,
         "parameters": parameters,
-        "noise_ranges": describe_shares(task),
-        "charts": drawn,
+        "shares": describe_shares(task),
+        "about_levels": shown.ABOUT_LEVELS,
+        "one_example": shown.ONE_EXAMPLE,
+        "charts": shown.draw_levels(task),
         "length": length,
     }
     path = write_page(workdir / PAGE, page)
@@ -71,8 +59,7 @@ def inspect(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "mode": "inspect",
         "page": str(path),
         "parameters": parameters,
-        "images": {name: sum(of_class) for name, of_class in counts.items()},
-        "classes": len(dataset.class_names),
+        **of_data.result,
         "steps": length.steps,
     }
 
@@ -82,19 +69,3 @@ def tabulate(module: nnx.Module, inputs: tuple[Any, ...]) -> str:
     width = max(NARROWEST, shutil.get_terminal_size().columns)
     options: Any = {"depth": DEPTH, "compute_flops": True, "console_kwargs": {"width": width, "force_terminal": False}}
     return nnx.tabulate(module, *inputs, **options)
-
-
-def count_classes(split: Source, dataset: Dataset) -> list[int]:
-    """How many images each class has."""
-    return np.bincount(split.labels, minlength=len(dataset.class_names)).tolist()
-
-
-def samples(train: Source, dataset: Dataset) -> dict[str, list[str]]:
-    """The first images of the first classes, as pictures for the page. Latents are none."""
-    chosen = {}
-    if train.take(np.array([0]))["image"].dtype != np.uint8:
-        return chosen
-    for label, name in enumerate(dataset.class_names[:MOST_CLASSES]):
-        indices = np.flatnonzero(train.labels == label)[:SAMPLES_OF_A_CLASS]
-        chosen[name] = [data_uri(pixels) for pixels in train.images(indices)]
-    return chosen

@@ -183,7 +183,7 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
         f"activations: all temporaries less the gradients; formula: {formula_of} with the plain model's P and A."
     )
-    lines.append(f"Training images on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
+    lines.append(f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
     waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
     lines.append(
         "No block is idle: each has devices of its own (block_parallel)."

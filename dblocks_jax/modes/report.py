@@ -8,11 +8,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dblocks_jax.diffusion.gaussian import Gaussian
 from dblocks_jax.modes.evaluate import find_data, how_scored
 from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.load import Trained, load_run
 from dblocks_jax.modes.memory import step_memory, variant
+from dblocks_jax.modes.writing import make_and_score
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.findings import Findings, block_curves
 from dblocks_jax.pages.template import write_page
@@ -21,6 +21,7 @@ from dblocks_jax.run.errors import NOT_FINITE, Diverged
 from dblocks_jax.run.workdir import STARTS, logged, read_lines
 from dblocks_jax.tasks.classify import report as classify_report
 from dblocks_jax.tasks.generate import report as generate_report
+from dblocks_jax.tasks.mask import report as mask_report
 from dblocks_jax.tasks.table import SHOWN
 from dblocks_jax.training.config import arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
@@ -49,9 +50,10 @@ def report(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], chec
         "metrics": found.scores,
         "step": loaded.step,
         "parameters": {name: num_parameters(part) for name, part in loaded.params.items()},
-        "images": run["data"].get("images"),
-        "noise_ranges": describe_shares(loaded.task),
-        "class_names": loaded.card.class_names,
+        "num_examples": run["data"].get("images"),
+        "shares": describe_shares(loaded.task),
+        "about_levels": SHOWN[loaded.entry.name].ABOUT_LEVELS,
+        "card": loaded.card,
         "starts": read_starts(workdir),
         "here": {"python": platform.python_version(), "jax": jax.__version__, "device": jax.devices()[0].device_kind},
         "skipped": sum(run.get("skipped", {}).get("total", {}).values()),
@@ -90,7 +92,17 @@ def _look_at_generator(trained: Trained, data: Any, mesh: Mesh, workdir: Path, l
         return generate_report.look(task, trained.blueprint, trained.params, data, found, scored.made, lines)
 
 
-LOOK = {"classify": _look_at_classifier, "generate": _look_at_generator}  # by task
+def _look_at_masked(trained: Trained, data: Any, mesh: Mesh, workdir: Path, lines: list[dict]) -> Findings:
+    task: Any = trained.task
+    with arithmetic(trained.config):
+        bits = task.scorer(trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
+    if "diverged" in bits:
+        return Findings(bits, {}, {}, {})
+    scored = make_and_score(trained, data, workdir)
+    return mask_report.look(task, bits | scored.figures, scored.made, lines)
+
+
+LOOK = {"classify": _look_at_classifier, "generate": _look_at_generator, "mask": _look_at_masked}  # by task
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:
@@ -106,10 +118,7 @@ def draw(trained: Trained, lines: list[dict[str, Any]]) -> dict[str, str]:
     drawn = {"memory": _draw_memory(trained)}
     if any("blocks" in line for line in lines):
         drawn["loss"] = block_curves(lines, "loss", "loss", None if corruption is None else corruption.num_blocks)
-    if isinstance(corruption, Gaussian):
-        levels = SHOWN[trained.entry.name].levels_of(trained.task)
-        drawn["noise"] = charts.noise(corruption.noise, corruption.edges, levels)
-    return drawn
+    return drawn | SHOWN[trained.entry.name].draw_levels(trained.task)
 
 
 def _draw_memory(trained: Trained) -> str:

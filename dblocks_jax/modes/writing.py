@@ -1,13 +1,12 @@
 """Texts of a trained masked model: made from nothing or around what is given, watched while they are, and scored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.images import telling
@@ -16,9 +15,11 @@ from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.tasks.generate.pictures import write_grid
+from dblocks_jax.tasks.mask.report import Made
 from dblocks_jax.tasks.mask.sampler import make_sampler
 from dblocks_jax.tasks.mask.task import MASK
-from dblocks_jax.tasks.mask.writing import Template, all_hidden, read_template, show
+from dblocks_jax.tasks.mask.writing import Stage, Template, all_hidden, kept_steps, read_template, show
+from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.tasks.text_scores import text_scores
 from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
 
@@ -27,16 +28,17 @@ STAGES = 6  # of a text being uncovered that are shown
 MOST_TEXTS = 10_000
 
 
-class Stage(NamedTuple):
-    """Texts on their way."""
+class Scored(NamedTuple):
+    """What came of scoring what was made: nothing but an empty `figures` where nothing is asked for."""
 
-    block: int  # that uncovered what was uncovered last
-    tokens: Int[np.ndarray, "b t"]
-    is_hidden: Bool[np.ndarray, "b t"]
+    figures: dict[str, Any]
+    made: Made | None
 
 
 def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[Stage]]:
-    """Batches of texts made around a template: of each batch the stages, the last one the answer. Progress is told.
+    """Batches of texts made around a template: of each batch stages, the last one the answer. Progress is told.
+
+    A stage is what a block left to the next, and some between, so that each token's block is known.
 
     The same seed gives the same texts, in batches of one size.
     """
@@ -49,8 +51,8 @@ def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[S
         tokens, is_hidden = (np.broadcast_to(each, (size, len(each))) for each in template[:2])
         seed = config.seed + start
         with arithmetic(config):
-            steps = enumerate(sampler(trained.params, tokens, is_hidden, seed))
-            stages = [Stage(*jax.device_get(state)) for i, state in steps if i in kept]
+            steps = kept_steps(sampler(trained.params, tokens, is_hidden, seed), kept)
+            stages = [Stage(*jax.device_get(step)) for step in steps]
         yield [Stage(owner, *(each[: count - start] for each in state)) for owner, *state in stages]
 
 
@@ -80,7 +82,7 @@ def sample_texts(
     batches = list(uncover(trained, template, count))
     for stage in batches[0]:
         print(f"block {stage.block}: {show(stage.tokens[0], stage.is_hidden[0], card)}")
-    texts = [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
+    texts = texts_of(batches, template, card)
     write_texts(workdir / TEXTS, texts)
     return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
 
@@ -91,6 +93,18 @@ def make_images(trained: Trained, count: int) -> np.ndarray:
     whole = Template(np.zeros(card.length, np.int32), np.ones(card.length, bool), card.length)
     tokens = np.concatenate([stages[-1].tokens for stages in uncover(trained, whole, count)])
     return tokens.astype(np.uint8).reshape(count, *card.images.image_shape)
+
+
+def make_texts(trained: Trained, count: int, template: Template | None = None) -> list[str]:
+    """Texts made from nothing or around a template, as much of them as it gives."""
+    template = all_hidden(trained.card) if template is None else template
+    batches = uncover(trained, template, count)
+    return texts_of(batches, template, trained.card)
+
+
+def texts_of(batches: Iterable[list[Stage]], template: Template, card: TextCard) -> list[str]:
+    """What became of each text in the end."""
+    return [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
@@ -114,21 +128,29 @@ def with_texts(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dic
 
 
 def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
+    """The figures of `make_and_score`."""
+    return make_and_score(trained, data, workdir).figures
+
+
+def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """Make `score_samples` texts and score them beside held-out ones; write TEXTS, or of a model of pixels PICTURE."""
     count, card = trained.config.score_samples, trained.card
     if count == 0:
-        return {}
+        return Scored({}, None)
     if isinstance(card, PixelCard):
+        images = make_images(trained, count)
         with saving(workdir / PICTURE):
-            write_grid(workdir / PICTURE, make_images(trained, count))
-        return {"num_samples": count}
-    batches = list(uncover(trained, all_hidden(card), count))
+            write_grid(workdir / PICTURE, images)
+        return Scored({"num_samples": count}, Made([], [], images))
+    template = all_hidden(card)
+    batches = list(uncover(trained, template, count))
     for stage in batches[0]:
         logging.info("block %d: %s", stage.block, show(stage.tokens[0], stage.is_hidden[0], card))
     decode = card.vocabulary.decode
-    texts = [decode(row) for stages in batches for row in stages[-1].tokens]
+    texts = texts_of(batches, template, card)
     write_texts(workdir / TEXTS, texts)
     test = data.split("test")
     real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]
     known = decode(data.split("train").tokens).split()
-    return {"num_samples": count} | text_scores(texts, real, known)
+    first = [Stage(block, *(each[:1] for each in state)) for block, *state in batches[0]]
+    return Scored({"num_samples": count} | text_scores(texts, real, known), Made(first, texts, None))

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Int
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
@@ -41,6 +42,11 @@ FEW = 30  # points of a curve that are marked; one alone makes no line
 def block_colors(num_blocks: int) -> list[Any]:
     """One colour a block, dark for the noisiest."""
     return list(mpl.colormaps["viridis"](np.linspace(0.05, 0.8, num_blocks))) if num_blocks > 1 else [ACCENT]
+
+
+def tints(num_blocks: int) -> list[str]:
+    """The blocks' colours, so light that text is read on them."""
+    return [to_hex(1 - 0.35 * (1 - np.asarray(to_rgb(each)))) for each in block_colors(num_blocks)]
 
 
 def _new(width: float = 4.8, height: float = 3.0) -> tuple[Figure, Any]:
@@ -82,6 +88,25 @@ def noise(distribution: NoiseDistribution, edges: np.ndarray, sigmas: Sequence[f
         axes.xaxis.set_major_formatter(_plain)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.invert_xaxis()  # the sampler goes from left to right
+        return _svg(figure)
+
+
+def shares(ranges: Sequence[tuple[float, float]], levels: Sequence[float]) -> str:
+    """How much is hidden when each block is trained, (low, high) of each, and the levels that the sampler visits."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _new()
+        colors = block_colors(len(ranges))
+        density = [1 / len(ranges) / (high - low) for low, high in ranges]
+        for block, ((low, high), height, color) in enumerate(zip(ranges, density, colors, strict=True)):
+            axes.bar(low, height, high - low, align="edge", color=color, alpha=0.6, linewidth=0)
+            axes.annotate(
+                f"block {block}", ((low + high) / 2, 0), (0, 4), textcoords="offset points",
+                ha="center", rotation=90, va="bottom", fontsize=9, color="white" if len(colors) < 8 else INK,
+            )  # fmt: skip
+        axes.plot(levels, np.zeros(len(levels)), "v", color=INK, markersize=4, clip_on=False, zorder=3)
+        axes.set(xlabel="share that is hidden (triangles: where the sampler looks)", ylabel="how often in training")
+        axes.set(xlim=(1, 0), ylim=(0, 1.15 * max(density)))  # the sampler goes from left to right
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         return _svg(figure)
 
 

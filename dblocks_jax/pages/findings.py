@@ -1,8 +1,19 @@
-"""A task's part of the page about a run, and the curves that all tasks have."""
+"""A task's part of the pages about a run and its data, and the curves that all tasks have."""
 
 from typing import Any, NamedTuple
 
 from dblocks_jax.pages import charts
+
+
+class DataShown(NamedTuple):
+    """What a task has to say of its data, for the page that is made before anything is trained."""
+
+    about: str  # in sentences
+    splits: dict[str, dict[str, int]]  # split -> how many of what, the same for all
+    result: dict[str, Any]  # the same for programs
+    pictures: dict[str, list[str]]  # examples of each kind
+    kinds_left: int  # of which no examples are shown
+    beginning: str  # of a text
 
 
 class Findings(NamedTuple):
@@ -24,3 +35,13 @@ def block_curves(lines: list[dict[str, Any]], metric: str, ylabel: str, num_bloc
         series["model" if num_blocks is None else f"block {name}"] = tuple(zip(*of_block, strict=True))
     colors = charts.block_colors(num_blocks or 1)
     return charts.over_steps(series, [colors[int(name)] for name in names], ylabel)
+
+
+def held_out_curves(lines: list[dict[str, Any]], metric: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Split -> (steps, a figure there), of the splits that are on record."""
+    curves = {}
+    for split in ("val", "test"):
+        scored = [line for line in lines if line.get("split") == split and isinstance(line.get(metric), int | float)]
+        if scored:
+            curves[f"{split} split"] = ([line["step"] for line in scored], [line[metric] for line in scored])
+    return curves

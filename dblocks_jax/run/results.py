@@ -13,9 +13,11 @@ KINDS: dict[str, Any] = {
     "checkpoint": int | None, "num_images": int, "diverged": bool, "data_dir": str, "sampler": dict,
     "arithmetic": dict, "accuracy_by_num_steps": dict, "loss": NUMBER | None, "accuracy_of_samples": NUMBER,
     "frechet_judge": NUMBER | None, "frechet_pixels": NUMBER | None, "kid_judge": NUMBER | None,
-    "kid_pixels": NUMBER | None, "nearest_ratio": NUMBER | None,
+    "kid_pixels": NUMBER | None, "nearest_ratio": NUMBER | None, "num_sequences": int, "num_samples": int,
+    "bits": NUMBER | None, "bits_error": NUMBER | None, "bits_by_block": list, "distinct_2": NUMBER,
+    "repetition": NUMBER, "known_words": NUMBER,
 }  # fmt: skip
-SHARES = ("top1", "macro_f1", "accuracy_of_samples")  # which lie in [0, 1]
+SHARES = ("top1", "macro_f1", "accuracy_of_samples", "distinct_2", "repetition", "known_words")  # which lie in [0, 1]
 SIGNED = ("kid_judge", "kid_pixels")  # estimates of what is not negative
 LARGEST = 1e30
 

@@ -1,6 +1,7 @@
 """A classifier as a program of its own: uint8 images [b, h, w, c] to float32 logits [b, classes]."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from dblocks_jax.data.datasets import Card
 from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.classify.task import Classify
 
 PROGRAM = "classifier.stablehlo"
@@ -44,6 +47,11 @@ def difference(task: Classify, returned: np.ndarray, expected: np.ndarray) -> fl
     """Between what the program returned and the answer."""
     del task
     return float(np.abs(returned - expected).max())
+
+
+def safe(card: Card) -> Card:
+    """The card with names that can be shown."""
+    return replace(card, class_names=tuple(map(shown, card.class_names)))
 
 
 def describe(config: ConfigDict) -> str:

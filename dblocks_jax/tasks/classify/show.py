@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dblocks_jax.data.datasets import Dataset
 from dblocks_jax.models.dblock_vit import Shared
 from dblocks_jax.models.layers import Block
+from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
+from dblocks_jax.pages.findings import DataShown
 from dblocks_jax.tasks.classify.classifier import sampler_plan
 from dblocks_jax.tasks.classify.denoiser import denoise
 from dblocks_jax.tasks.classify.task import Classify
+from dblocks_jax.tasks.image_show import images_shown
 
 FIGURES = (
     Figure("top1", "accuracy", is_share=True, has_spread=True),
@@ -20,6 +24,8 @@ FIGURES = (
     Figure("cross_entropy", "cross-entropy"),
 )
 ABOUT_FIGURES = "Accuracy is the share of right answers on the test split."
+ABOUT_LEVELS = "How often training meets each noise level sigma, and which block answers for it."
+ONE_EXAMPLE = "one image"
 ABOUT_CURVE = "cross-entropy on training batches, without weights, mean over blocks"
 
 
@@ -43,9 +49,12 @@ def step_of(task: Classify, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple
     return Step(shared, block, task.config.sigma_data), (images, jnp.zeros((1, width)), jnp.ones(1))
 
 
-def levels_of(task: Classify) -> list[float]:
-    """The noise levels that the sampler visits."""
-    return [] if task.is_plain else [float(sigma) for sigma in sampler_plan(task.config)[0]]
+def draw_levels(task: Classify) -> dict[str, str]:
+    """A picture of the noise levels, of the blocks that own them, and of those that the sampler visits."""
+    if task.corruption is None:
+        return {}
+    levels = [float(sigma) for sigma in sampler_plan(task.config)[0]]
+    return {"levels": charts.noise(task.corruption.noise, task.corruption.edges, levels)}
 
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
@@ -59,7 +68,12 @@ def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     return steps, values
 
 
-def about_images(task: Classify) -> str:
+def data_shown(task: Classify, dataset: Dataset) -> DataShown:
+    """The images, for the page that is made before training."""
+    return images_shown(dataset, _about_images(task))
+
+
+def _about_images(task: Classify) -> str:
     """What the network sees of them."""
     mean, std = (", ".join(map(str, numbers)) for numbers in (task.card.mean, task.card.std))
     return f"Pixels are scaled to 0..1 and normalised with mean {mean} and deviation {std}."

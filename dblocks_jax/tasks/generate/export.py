@@ -5,6 +5,7 @@ function of its label, its position, which stands for its noise, and the guidanc
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 from ml_collections import ConfigDict
 
+from dblocks_jax.data.datasets import Card
 from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pixels import to_pixels
 from dblocks_jax.tasks.generate.sampler import make_sampler
@@ -62,6 +65,11 @@ def difference(task: Generate, returned: Num[np.ndarray, "b h w c"], expected: F
         return float(np.abs(returned * task.config.latent_scale - expected).max())
     levels = (np.clip(expected.astype(np.float64), -1, 1) + 1) * 127.5
     return max(0.0, float(np.abs(returned - levels).max()) - 0.5) / 127.5
+
+
+def safe(card: Card) -> Card:
+    """The card with names that can be shown."""
+    return replace(card, class_names=tuple(map(shown, card.class_names)))
 
 
 def describe(config: ConfigDict) -> str:

@@ -5,12 +5,16 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from dblocks_jax.data.datasets import Dataset
 from dblocks_jax.models.dit import DiTBlock, DiTShared
+from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
+from dblocks_jax.pages.findings import DataShown, held_out_curves
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.denoiser import denoise
 from dblocks_jax.tasks.generate.sampler import sampler_plan
 from dblocks_jax.tasks.generate.task import Generate
+from dblocks_jax.tasks.image_show import images_shown
 
 FIGURES = (
     Figure("loss", "loss", has_spread=True, digits=4),
@@ -25,6 +29,8 @@ ABOUT_FIGURES = (
     "class asked for; distances of their distribution to that of the training images, less is better; and how near "
     "they are to training images, in distances to test images, where copies have 0."
 )
+ABOUT_LEVELS = "How often training meets each noise level sigma, and which block answers for it."
+ONE_EXAMPLE = "one image"
 ABOUT_CURVE = "loss on images kept apart"
 
 
@@ -46,21 +52,23 @@ def step_of(task: Generate, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple
     return Step(shared, block, task.config.sigma_data), inputs
 
 
-def levels_of(task: Generate) -> list[float]:
-    """The noise levels that the sampler visits."""
-    return [float(sigma) for sigma in sampler_plan(task.config)[0]]
+def draw_levels(task: Generate) -> dict[str, str]:
+    """A picture of the noise levels, of the blocks that own them, and of those that the sampler visits."""
+    levels = [float(sigma) for sigma in sampler_plan(task.config)[0]]
+    return {"levels": charts.noise(task.corruption.noise, task.corruption.edges, levels)}
 
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    for split in ("val", "test"):
-        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("loss"), int | float)]
-        if scored:
-            return [line["step"] for line in scored], [line["loss"] for line in scored]
-    return [], []
+    return next(iter(held_out_curves(lines, "loss").values()), ([], []))
 
 
-def about_images(task: Generate) -> str:
+def data_shown(task: Generate, dataset: Dataset) -> DataShown:
+    """The images, for the page that is made before training."""
+    return images_shown(dataset, _about_images(task))
+
+
+def _about_images(task: Generate) -> str:
     """What the network sees of them."""
     if task.config.dataset == LATENTS:
         return f"They are latents, which the network sees times {task.config.latent_scale:g}."

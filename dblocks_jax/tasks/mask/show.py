@@ -5,9 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from dblocks_jax.data.pixels import GREY_LEVELS, Pixels
 from dblocks_jax.models.masked_transformer import MaskedBlock, MaskedShared, run_block
+from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
+from dblocks_jax.pages.findings import DataShown, held_out_curves
+from dblocks_jax.tasks.image_show import images_shown
 from dblocks_jax.tasks.mask.task import Mask
+from dblocks_jax.tasks.text_show import text_shown
 
 FIGURES = (
     Figure("bits", "bits per character or dimension, at most", has_spread=True, digits=4),
@@ -20,6 +25,8 @@ ABOUT_FIGURES = (
     "that were made: how many of their pairs of words are different, how much is said again in the same text, and how "
     "many words the training text has too; the data's own stand in the results."
 )
+ABOUT_LEVELS = "How often training hides each share of a text or image, and which block answers for it."
+ONE_EXAMPLE = "one sequence"
 ABOUT_CURVE = "bits on data kept apart"
 
 
@@ -40,15 +47,19 @@ def step_of(task: Mask, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple[Any
     return Step(*modules), (tokens, tokens == 0, jnp.ones(1))
 
 
-def levels_of(task: Mask) -> list[float]:
-    """The levels that the sampler visits, where nothing is given."""
-    return task.corruption.levels(task.config.num_inference_steps).tolist()
+def draw_levels(task: Mask) -> dict[str, str]:
+    """A picture of how much is hidden for each block, and when the sampler looks, where nothing is given."""
+    ranges = [(float(low), float(high)) for low, high in task.corruption.shares]
+    return {"levels": charts.shares(ranges, task.corruption.levels(task.config.num_inference_steps).tolist())}
+
+
+def data_shown(task: Mask, data: Any) -> DataShown:
+    """The text, or the images that are seen as sequences, for the page that is made before training."""
+    if not isinstance(data, Pixels):
+        return text_shown(data)
+    return images_shown(data.images, f"Each is a sequence of {task.card.length} of {GREY_LEVELS} grey levels.")
 
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    for split in ("val", "test"):
-        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("bits"), int | float)]
-        if scored:
-            return [line["step"] for line in scored], [line["bits"] for line in scored]
-    return [], []
+    return next(iter(held_out_curves(lines, "bits").values()), ([], []))
