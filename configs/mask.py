@@ -27,10 +27,6 @@ def get_config() -> ConfigDict:
     config.bound_draws = 8  # times that each held-out sequence is looked at, with other symbols hidden
     config.score_samples = 100  # texts that are made to be scored when training ends
 
-    # As masked diffusion is trained.
-    config.lr = 3e-4
-    config.weight_decay = 0.03
-    config.scheduler_type = "cosine"
-    config.num_warmup_steps = 2000
-    config.ema_decay = 0.9999
+    # Fields of all tasks, as masked diffusion is trained:
+    config.update(lr=3e-4, weight_decay=0.03, scheduler_type="cosine", num_warmup_steps=2000, ema_decay=0.9999)
     return config
