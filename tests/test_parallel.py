@@ -205,8 +205,8 @@ def batch_on(mesh) -> Streamed:
     return shard(Streamed(batch), mesh)
 
 
-def steps_of(block, share, position: int = 0) -> Steps:
-    return Steps(np.int32(1), block, np.int32(position), np.full(1, 1e-2, np.float32), share)
+def steps_of(block, share, position: int = 0, lr: float = 1e-2) -> Steps:
+    return Steps(np.int32(1), block, np.int32(position), np.full(1, lr, np.float32), share)
 
 
 ALL = np.arange(BLOCKS, dtype=np.int32)
@@ -300,8 +300,9 @@ def masking() -> Task:
 
 
 @several
-@pytest.mark.parametrize("make", [generating, masking])
-def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(make):
+# Where a gradient is nearly zero AdamW makes of its rounding a step of the size of the learning rate: masks give many.
+@pytest.mark.parametrize(("make", "lr"), [(generating, 1e-2), (masking, 1e-3)])
+def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(make, lr):
     """Isolated blocks, with averages, each on two devices that share its batch: as each alone on one."""
     task = make()
     blueprint, params = new_model(task, 42)
@@ -313,7 +314,7 @@ def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(
     active, shares = stacked(parts, blueprint, "isolated", mesh), stack_shares(task.corruption.shares)
     losses = []
     for position in range(3):
-        active, log = together(active, batch_on(mesh), steps_of(ALL, shares, position))
+        active, log = together(active, batch_on(mesh), steps_of(ALL, shares, position, lr))
         losses.append(log["loss"][:, 0])
 
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
@@ -321,7 +322,7 @@ def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(
     for block, share in enumerate(task.corruption.shares):
         own = replicate(tuple(parts[name] for name in blueprint.names(block)), alone)
         for position in range(3):
-            own, log = one_by_one(own, batch_on(alone), steps_of(np.int32(block), share, position))
+            own, log = one_by_one(own, batch_on(alone), steps_of(np.int32(block), share, position, lr))
             np.testing.assert_allclose(losses[position][block], log["loss"][0], rtol=1e-5)
         ours = tuple(unstack(part, mesh)[block] for part in active)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(own), strict=True):
