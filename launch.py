@@ -78,7 +78,12 @@ MODES_OF = {
     "cfg_scale": ("sample",),
 }
 # flag -> the tasks whose models have a use for it
-TASKS_OF = {"images": ("classify",), "classes": ("generate",), "cfg_scale": ("generate",), "text": ("mask",)}
+TASKS_OF = {
+    "images": ("classify",),
+    "classes": ("generate",),
+    "cfg_scale": ("generate",),
+    "text": ("mask", "next_token"),
+}
 # mode -> the flags of which it needs one
 NEEDED = {"merge": ("parts",), "compare": ("runs",), "predict": ("images", "text"), "import": ("source",)}
 

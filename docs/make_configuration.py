@@ -73,7 +73,7 @@ def allowed(task: str, name: str, default: Any) -> str:
     bounds = []
     if name in checked(task, "POSITIVE"):
         bounds.append("> 0")
-    if name in checked(task, "NOT_NEGATIVE"):
+    elif name in checked(task, "NOT_NEGATIVE"):
         bounds.append(">= 0")
     if name in checked(task, "BELOW_ONE"):
         bounds.append("0 to below 1")
@@ -134,6 +134,9 @@ def make() -> str:
                 for field, meaning in fields
             ]
             parts += [f"### {title}\n", table(("field", "default", "meaning", "allowed", "may change"), rows) + "\n"]
+        others = [f"`{key}={value!r}`" for key, value in defaults.items() if value != files["common"].get(key, value)]
+        if others:
+            parts.append(f"Of the fields of all tasks, other defaults: {', '.join(others)}\n")
     parts += ["## Configs that are there\n", table(("file", "what it is", "what it changes"), shipped()) + "\n"]
     return "\n".join(parts)
 

@@ -81,7 +81,7 @@ def test_the_parts_of_all_processes_are_the_batch(processes):
 
 
 def test_impossible_batches_are_refused():
-    with pytest.raises(UserError, match="batch of 51 images is larger than the training set of 50"):
+    with pytest.raises(UserError, match="batch of 51 examples is larger than the training set of 50"):
         train_batches(numbered(50), batch_size=51, seed=0)
     with pytest.raises(UserError, match="batch_size=9 must be a multiple of the 2 processes"):
         train_batches(numbered(50), batch_size=9, seed=0, process_count=2)

@@ -13,7 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 from runs import TINY
 
-from configs import classify, dblock_digits, dit_digits, generate, mask, next_token
+from configs import classify, dblock_digits, dit_digits, generate, mask, mask_text, next_text, next_token
+from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.modes import load
 from dblocks_jax.modes.load import load_run
 from dblocks_jax.modes.merge import merge
@@ -36,6 +37,8 @@ from dblocks_jax.training.setting import fresh_parts
 
 STEP = 7
 CARD = {"class_names": list("0123456789"), "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5], "images": 1437}
+TEXT_CARD = {"vocabulary": letters().to_dict(), "length": 8, "crc32": 1, "images": 1000}
+CARDS = {"classify": CARD, "generate": CARD, "mask": TEXT_CARD, "next_token": TEXT_CARD}
 
 
 def tiny(of: ConfigDict, **fields: object) -> ConfigDict:
@@ -47,12 +50,17 @@ def tiny(of: ConfigDict, **fields: object) -> ConfigDict:
 def sound(tmp_path_factory) -> dict[str, Path]:
     """A run of each task, saved and never trained."""
     folders = {}
-    for config in (tiny(dblock_digits.get_config()), tiny(dit_digits.get_config(), grow_at=(), ema_decay=0.0)):
-        folder, entry = tmp_path_factory.mktemp(config.task), entry_of(config)
+    for config in (
+        tiny(dblock_digits.get_config()),
+        tiny(dit_digits.get_config(), grow_at=(), ema_decay=0.0),
+        tiny(mask_text.get_config(), grow_at=(), ema_decay=0.0, text_length=8),
+        tiny(next_text.get_config(), grow_at=(), text_length=8),
+    ):
+        folder, entry, card = tmp_path_factory.mktemp(config.task), entry_of(config), CARDS[config.task]
         write_json(folder / "config.json", config.to_dict())
         with Checkpoints(folder) as checkpoints:
-            parts = fresh_parts(entry, config, entry.make(config, entry.card(CARD)))
-            checkpoints.save(STEP, parts, {"config": config.to_dict(), "data": CARD})
+            parts = fresh_parts(entry, config, entry.make(config, entry.card(card)))
+            checkpoints.save(STEP, parts, {"config": config.to_dict(), "data": card})
         folders[config.task] = folder
     return folders
 
@@ -85,7 +93,7 @@ def test_a_sound_run_is_what_the_forged_ones_differ_from(sound, task):
 def test_no_field_of_another_type_gets_past_the_check(task):
     """Each field of a config, with each type that is not its own; and missing."""
     entry = TASKS[task]
-    sound = tiny({"classify": dblock_digits, "generate": dit_digits}[task].get_config())
+    sound = tiny({"classify": dblock_digits, "generate": dit_digits, "mask": mask_text}[task].get_config())
     entry_of(sound)
     common_fields.check_config(entry, sound)
     kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (list, tuple)}
@@ -103,13 +111,18 @@ def test_no_field_of_another_type_gets_past_the_check(task):
 
 
 @pytest.mark.parametrize(
-    ("fields", "own"),
-    [(classify, classify_fields), (generate, generate_fields), (mask, mask_fields), (next_token, next_token_fields)],
-    ids=["classify", "generate", "mask", "next_token"],
+    ("fields", "all_types"),
+    [
+        (classify, (GAUSSIAN, GUIDANCE, IMAGES, classify_fields.TYPES)),
+        (generate, (GAUSSIAN, GUIDANCE, IMAGES, generate_fields.TYPES)),
+        (mask, (TEXT, mask_fields.TYPES)),
+        (next_token, (GAUSSIAN, TEXT, next_token_fields.TYPES)),
+    ],
+    ids=TASKS,
 )
-def test_every_field_has_a_type_or_choices_of_the_kind_of_its_default(fields, own):
+def test_every_field_has_a_type_or_choices_of_the_kind_of_its_default(fields, all_types):
     kinds = {}
-    for types in (common_fields.TYPES, GAUSSIAN, GUIDANCE, IMAGES, TEXT, own.TYPES):
+    for types in (common_fields.TYPES, *all_types):
         kinds |= {name: kind for kind, names in types.items() for name in names}
     for name, default in fields.get_config().items():
         assert name == "task" or kinds.get(name, str) is type(default), name
@@ -135,19 +148,36 @@ HOSTILE: dict[str, tuple[Callable[[dict], object], str]] = {
     "no config": (lambda run: run.pop("config"), "cannot be used"),
     "a config that is a list": (lambda run: run.update(config=[1]), "cannot be"),
     "no data": (lambda run: run.pop("data"), "cannot be used"),
-    "classes that are numbers": (lambda run: run["data"].update(class_names=[1, 2]), "class_names that are no names"),
     "a step too few": (lambda run: run["config"].update(num_layers=4), "does not fit this model"),
+}
+OF_CLASSES: dict[str, tuple[Callable[[dict], object], str]] = {
+    "classes that are numbers": (lambda run: run["data"].update(class_names=[1, 2]), "class_names that are no names"),
     "classes that no array belongs to": (
         lambda run: run["data"].update(class_names=["x"] * 10**5),
         "does not fit this model",
     ),
 }
+OF_TEXT: dict[str, tuple[Callable[[dict], object], str]] = {
+    "a length that is a text": (lambda run: run["data"].update(length="8"), "its length is no number of symbols"),
+    "a length beyond all": (lambda run: run["data"].update(length=10**9), "its length is no number of symbols"),
+    "letters that are others": (
+        lambda run: run["data"]["vocabulary"].update(symbols=["x"] * 27),
+        "its letters are not space and a to z",
+    ),
+    "symbols that no array belongs to": (
+        lambda run: run["data"].update(vocabulary={"kind": "characters", "symbols": ["a", "\ufffd"], "bpe": ""}),
+        "does not fit this model",
+    ),
+    "a vocabulary that is a number": (lambda run: run["data"].update(vocabulary=7), "cannot be used"),
+    "shares that overlap by less than nothing": (lambda run: run["config"].update(gamma=-0.5), "gamma must lie in"),
+    "no steps of the sampler": (lambda run: run["config"].update(num_inference_steps=0), "num_inference_steps must be"),
+}
+OF_TASK = {"classify": HOSTILE | OF_CLASSES, "generate": HOSTILE | OF_CLASSES, "mask": HOSTILE | OF_TEXT}
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("task", "what"), [(task, what) for task, of_task in OF_TASK.items() for what in of_task])
 def test_a_forged_checkpoint_is_answered_in_words(sound, tmp_path, task, what):
-    change, message = HOSTILE[what]
+    change, message = OF_TASK[task][what]
     folder = forge(sound[task], tmp_path / "run", change)
     with pytest.raises(UserError, match=message):
         load_run(folder, checkpoint="best")

@@ -206,7 +206,7 @@ def test_long_lists_are_shown_by_three_of_their_numbers(tmp_path, capsys):
 def test_a_line_about_many_denoising_steps_is_short(tmp_path, caplog, count, told):
     logs = Logs(tmp_path, start=0, wandb=False, config={})
     display = Display(total_steps=1, start=0)
-    progress = Progress(logs, display, steps_per_epoch=1, log_every=1, images_per_step=1, health=Health(1, {}))
+    progress = Progress(logs, display, steps_per_epoch=1, log_every=1, examples_per_step=1, health=Health(1, {}))
     found = {"top1": 1.0, "accuracy_by_step": [i / count for i in range(1, count + 1)]}
     task = Classify(dblock_digits.get_config(), Card(tuple("0123456789"), (8, 8, 1), (0.5,), (0.5,)))
     with caplog.at_level("INFO"):

@@ -180,7 +180,7 @@ def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
         ({"lr": float("nan")}, "lr must be a finite number"),
         ({"weighting": "mean"}, "batch_mean, per_sample, none"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
-        ({"batch_size": 1438}, "a batch of 1438 images is larger than the training set of 1437"),
+        ({"batch_size": 1438}, "a batch of 1438 examples is larger than the training set of 1437"),
         ({"batch_size": 0}, "batch_size must be greater than 0"),
         ({"p_mean": -40.0}, "almost no noise between"),
         ({"p_std": 0.03125}, "almost no noise between"),
@@ -217,7 +217,7 @@ def test_other_images_under_the_same_config_are_refused(tmp_path):
     assert result["num_images"] == 8
     with pytest.raises(UserError, match=r"other classes: missing are \['dog'\], new are \['eel'\]"):
         run(tiny(dblock_digits, **folder, data_dir=str(tmp_path / "b")), tmp_path / "run")
-    with pytest.raises(UserError, match="trained on 8 images, but now there are 10"):
+    with pytest.raises(UserError, match="trained on 8 examples, but now there are 10"):
         run(tiny(dblock_digits, **folder, data_dir=str(tmp_path / "c")), tmp_path / "run")
     with pytest.raises(UserError, match="other classes"):
         evaluate_run(first, tmp_path / "run", overrides={"data_dir": str(tmp_path / "b")}, checkpoint="best")

@@ -27,18 +27,18 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Full batches in one pass.
 
     Raises:
       UserError: not even one is there.
     """
-    if batch_size > num_images:
-        raise UserError(f"a batch of {batch_size} images is larger than the training set of {num_images}")
-    return num_images // batch_size
+    if batch_size > num_examples:
+        raise UserError(f"a batch of {batch_size} examples is larger than the training set of {num_examples}")
+    return num_examples // batch_size
 
 
-def batch_indices(num_images: int, *, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " b"]]:
+def batch_indices(num_examples: int, *, batch_size: int, seed: int) -> Callable[[int], Int[np.ndarray, " b"]]:
     """Step -> the images of its batch, a function of the seed.
 
     Every epoch has its own order, visits an image at most once, and drops what does not fill a batch.
@@ -46,11 +46,11 @@ def batch_indices(num_images: int, *, batch_size: int, seed: int) -> Callable[[i
     Raises:
       UserError: the batch is larger than the data set.
     """
-    steps = steps_per_epoch(num_images, batch_size)
+    steps = steps_per_epoch(num_examples, batch_size)
 
     @lru_cache(maxsize=2)  # threads that read ahead are at most one epoch apart
     def order(epoch: int) -> Int[np.ndarray, " n"]:
-        return np.random.default_rng([zlib.crc32(b"order"), seed, epoch]).permutation(num_images)
+        return np.random.default_rng([zlib.crc32(b"order"), seed, epoch]).permutation(num_examples)
 
     def indices(step: int) -> Int[np.ndarray, " b"]:
         epoch, position = divmod(int(step), steps)
@@ -79,7 +79,7 @@ def train_batches(
     def batch(step: int) -> dict[str, np.ndarray]:
         return source.take(indices(step)[process_index * share : (process_index + 1) * share])
 
-    # Not MapDataset.shuffle: it draws one index at a time, which takes longer than gathering the images.
+    # Not MapDataset.shuffle: it draws one index at a time, which takes longer than gathering the examples.
     return cast(Batches, iter(grain.MapDataset.range(sys.maxsize).map(batch).to_iter_dataset(_read_options())))
 
 

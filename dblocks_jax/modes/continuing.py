@@ -82,19 +82,30 @@ def with_continuations(result: dict[str, Any], config: ConfigDict, workdir: Path
 
 
 def score_continuations(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
-    """Go on from the beginnings of `score_samples` held-out texts; score that beside how they go on; write TEXTS."""
+    """The figures of `continue_and_score`."""
+    return continue_and_score(trained, data, workdir)[0]
+
+
+def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """(figures, (beginning, what was written after it) of each text).
+
+    The beginnings are those of `score_samples` held-out texts, and what is written is scored beside how those go on.
+    All of it is written to TEXTS.
+    """
     count, card = trained.config.score_samples, trained.card
     if count == 0:
-        return {}
+        return {}, []
     test, decode = data.split("test"), card.vocabulary.decode
     real = test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"].astype(np.int32)
     given = max(1, card.length // PROMPT_SHARE)
     made = write_on(trained, real[:, :given], card.length - given)
-    for prompt, row in zip(real[:STAGES, :given], made, strict=False):
-        logging.info("%s | %s", shown(decode(prompt)), shown(decode(row)))
-    write_texts(workdir / TEXTS, [decode(np.concatenate(pair)) for pair in zip(real[:, :given], made, strict=True)])
+    texts = list(zip(_decoded(decode, real[:, :given]), _decoded(decode, made), strict=True))
+    for beginning, text in texts[:STAGES]:
+        logging.info("%s | %s", shown(beginning), shown(text))
+    write_texts(workdir / TEXTS, ["".join(each) for each in texts])
     known = decode(data.split("train").tokens).split()
-    return {"num_samples": len(real)} | text_scores(_decoded(decode, made), _decoded(decode, real[:, given:]), known)
+    figures = text_scores([text for _, text in texts], _decoded(decode, real[:, given:]), known)
+    return {"num_samples": len(real)} | figures, texts
 
 
 def _decoded(decode: Any, rows: Int[np.ndarray, "n t"]) -> Sequence[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.source import Data
+from dblocks_jax.modes.continuing import score_continuations
 from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.load import Trained, load_run
 from dblocks_jax.modes.writing import score_texts
@@ -14,7 +15,8 @@ from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
 
-SCORE_MADE = {"generate": score_samples, "mask": score_texts}  # task -> what scores what a model makes
+# task -> what scores what a model makes
+SCORE_MADE = {"generate": score_samples, "mask": score_texts, "next_token": score_continuations}
 
 
 def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:

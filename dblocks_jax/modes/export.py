@@ -32,11 +32,17 @@ from dblocks_jax.run.workdir import read_saved, write_json
 from dblocks_jax.tasks.classify import export as of_classifier
 from dblocks_jax.tasks.generate import export as of_generator
 from dblocks_jax.tasks.mask import export as of_masked
+from dblocks_jax.tasks.next_token import export as of_decoder
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
 
 FOLDER, CARD = "export", "README.md"
-PROGRAMS: dict[str, Any] = {"classify": of_classifier, "generate": of_generator, "mask": of_masked}  # by task
+PROGRAMS: dict[str, Any] = {  # by task
+    "classify": of_classifier,
+    "generate": of_generator,
+    "mask": of_masked,
+    "next_token": of_decoder,
+}
 PLATFORMS = ("cpu", "cuda")
 OF_ONES_OWN = {"folder": "images of one's own", "text_file": "a text of one's own"}  # data set -> in words
 

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.text import Text
 
 from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.modes.predict import PREDICTIONS, UNLIMITED
+from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.files import saving
 from dblocks_jax.run.naming import shown
@@ -19,6 +22,8 @@ from dblocks_jax.run.workdir import write_json
 from dblocks_jax.tasks.mask.reading import bits_of_text, fill
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import Template, read_text
+from dblocks_jax.tasks.next_token.scores import make_logits
+from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.training.config import arithmetic
 
@@ -34,6 +39,9 @@ def predict_text(
       Unsaved: it is printed, but PREDICTIONS cannot be written.
     """
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    if trained.entry is NEXT_TOKEN:
+        found = score_in_order(trained, text)
+        return _written(found, trained, workdir)
     card = only(MASK, trained, workdir).card
     if not isinstance(card, TextCard):
         raise UserError(f"{workdir} was trained on images, of which it makes more (--mode=sample): it reads no text")
@@ -41,10 +49,42 @@ def predict_text(
     with arithmetic(trained.config):
         is_whole = not template.is_hidden[: template.given].any()
         found = score(trained, template) if is_whole else fill_in(trained, template)
+    return _written(found, trained, workdir)
+
+
+def _written(found: dict[str, Any], trained: Trained, workdir: Path) -> dict[str, Any]:
     with saving(workdir / PREDICTIONS):
         write_json(workdir / PREDICTIONS, found)
     about = {"mode": "predict", "workdir": str(workdir), "checkpoint": trained.step}
     return about | found | {"predictions": str(workdir / PREDICTIONS)}
+
+
+def score_in_order(trained: Trained, text: str) -> dict[str, Any]:
+    """Bits for each character of a text after its first token, each token given those before it.
+
+    Raises:
+      UserError: the text is too short or too long, or holds what the model does not know.
+      Diverged: the answers are not finite.
+    """
+    card, vocabulary = trained.card, trained.card.vocabulary
+    tokens = vocabulary.encode(text)
+    if not 2 <= len(tokens) <= card.length:
+        raise UserError(f"the text has {len(tokens)} tokens: it must have from 2 to {card.length}")
+    padded = np.pad(tokens, (0, card.length - len(tokens)))[None]
+    together = tuple(to_device(trained.params[name]) for name in trained.blueprint.names(0))
+    with arithmetic(trained.config):
+        logits = make_logits(trained.config, trained.blueprint)(together, jnp.asarray(padded), jnp.zeros(1, jnp.int32))
+        log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)[np.arange(len(tokens) - 1), tokens[1:]]
+    characters = vocabulary.count_characters(tokens[1:])
+    bits = -log_p.sum() / math.log(2) / max(1, characters)
+    if not math.isfinite(bits):
+        raise Diverged(NOT_FINITE)
+    print(f"{bits:.4f} bits per character: {shown(vocabulary.decode(tokens))}")
+    each = [
+        {"symbol": vocabulary.decode(tokens[i : i + 1]), "probability": math.exp(log_p[i - 1])}
+        for i in range(1, len(tokens))
+    ]
+    return {"text": vocabulary.decode(tokens), "characters": characters, "bits": bits, "tokens": each}
 
 
 def score(trained: Trained, template: Template) -> dict[str, Any]:

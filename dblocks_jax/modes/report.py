@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dblocks_jax.modes.continuing import continue_and_score
 from dblocks_jax.modes.evaluate import find_data, how_scored
 from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.load import Trained, load_run
@@ -22,6 +23,7 @@ from dblocks_jax.run.workdir import STARTS, logged, read_lines
 from dblocks_jax.tasks.classify import report as classify_report
 from dblocks_jax.tasks.generate import report as generate_report
 from dblocks_jax.tasks.mask import report as mask_report
+from dblocks_jax.tasks.next_token import report as next_token_report
 from dblocks_jax.tasks.table import SHOWN
 from dblocks_jax.training.config import arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
@@ -102,7 +104,22 @@ def _look_at_masked(trained: Trained, data: Any, mesh: Mesh, workdir: Path, line
     return mask_report.look(task, bits | scored.figures, scored.made, lines)
 
 
-LOOK = {"classify": _look_at_classifier, "generate": _look_at_generator, "mask": _look_at_masked}  # by task
+def _look_at_decoder(trained: Trained, data: Any, mesh: Mesh, workdir: Path, lines: list[dict]) -> Findings:
+    task: Any = trained.task
+    with arithmetic(trained.config):
+        bits = task.scorer(trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
+    if "diverged" in bits:
+        return Findings(bits, {}, {}, {})
+    figures, written = continue_and_score(trained, data, workdir)
+    return next_token_report.look(task, bits | figures, written, lines)
+
+
+LOOK = {  # by task
+    "classify": _look_at_classifier,
+    "generate": _look_at_generator,
+    "mask": _look_at_masked,
+    "next_token": _look_at_decoder,
+}
 
 
 def read_starts(workdir: Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def train(
     entry = entry_of(config)
     if entry is GENERATE:
         check_judge(config)
-    if entry in (GENERATE, MASK) and config.score_samples and are_several():
+    if entry.name in SCORED and config.score_samples and are_several():
         raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
     if entry.name not in SCORED:

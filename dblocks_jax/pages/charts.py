@@ -46,7 +46,10 @@ def block_colors(num_blocks: int) -> list[Any]:
 
 def tints(num_blocks: int) -> list[str]:
     """The blocks' colours, so light that text is read on them."""
-    return [to_hex(1 - 0.35 * (1 - np.asarray(to_rgb(each)))) for each in block_colors(num_blocks)]
+    colors = [to_rgb(each) for each in block_colors(num_blocks)]
+    return [
+        to_hex((1 - 0.35 * (1 - red), 1 - 0.35 * (1 - green), 1 - 0.35 * (1 - blue))) for red, green, blue in colors
+    ]
 
 
 def _new(width: float = 4.8, height: float = 3.0) -> tuple[Figure, Any]:

@@ -5,6 +5,12 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
+# Figures of the texts, each with a "_data" beside it: (figure, in words).
+OF_TEXTS = (
+    ("distinct_2", "pairs of words that are different"),
+    ("repetition", "runs of four words that were there before in the same text"),
+    ("known_words", "words that the training text has too"),
+)
 LOOP = 4  # words in a row which, said twice in a text, count as repeated
 
 

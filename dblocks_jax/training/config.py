@@ -148,7 +148,7 @@ def count_steps(entry: Entry, config: ConfigDict, num_examples: int) -> Length:
     that trains all at once makes an update of each in a step.
 
     Raises:
-      UserError: not even one update's images are there.
+      UserError: not even one update's examples are there.
     """
     per_epoch = steps_per_epoch(num_examples, config.batch_size * config.accumulate_grad_batches)
     num_blocks = entry.num_blocks(config)

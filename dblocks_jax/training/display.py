@@ -64,15 +64,15 @@ class Display:
 
     def show(self, line: dict[str, Any], steps_per_second: float | None) -> None:
         """Show the means over a window of steps."""
-        step, images_per_second = line["step"], line["images_per_second"]
+        step, examples_per_second = line["step"], line["images_per_second"]
         self._blocks |= line["blocks"]
         left = "" if steps_per_second is None else f"{clock((self._total_steps - step) / steps_per_second)} left"
         self._bar.update(self._task, completed=step, text=f"epoch {line['epoch']:.1f}  {left}")
         about = [f"lr {line['lr']:.3g}"]
-        if images_per_second is not None:
-            about.append(f"{images_per_second:,.0f} images/s")
+        if examples_per_second is not None:
+            about.append(f"{examples_per_second:,.0f} examples/s")
         if line["input_wait"]:
-            about.append(f"{line['input_wait']:.1%} waiting for images")
+            about.append(f"{line['input_wait']:.1%} waiting for data")
         about.append(f"{line['memory_bytes'] / MIB:,.0f} MiB")
         self._summary = "  ".join(about)
         now = time.monotonic()

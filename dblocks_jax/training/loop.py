@@ -79,7 +79,7 @@ class Trainer:
             self.display,
             steps_per_epoch=setting.length.steps_per_epoch,
             log_every=config.log_every_n_steps,
-            images_per_step=examples * (len(setting.blocks) if config.block_parallel else 1),
+            examples_per_step=examples * (len(setting.blocks) if config.block_parallel else 1),
             health=self.health,
         )
         self.pace = Pace(self.feed.most, adapt=jax.process_count() == 1)
@@ -347,11 +347,11 @@ def train(
     Raises:
       UserError: config, data or workdir do not fit. Nothing has been compiled or written then, except that a checkpoint
         which cannot be read, or was imported, and a W&B that does not start are found when the start is on record
-        already, and an image may become unreadable later:
+        already, and a file may become unreadable later:
         then the state has been saved.
       Stopped: `stop` was asked for; the state has been saved.
       Diverged: too many steps in a row had numbers that are not finite. train.json says so.
-      Unsaved: what a `Stopped` or unreadable image ended could not be saved.
+      Unsaved: what a `Stopped` or an unreadable file ended could not be saved.
     """
     check_config(entry, config)
     if config.wandb:
@@ -368,7 +368,7 @@ def train(
         try:
             try:
                 result = trainer.result(trainer.run())
-            except (Stopped, UserError) as reason:  # asked to stop, or an image that cannot be read
+            except (Stopped, UserError) as reason:  # asked to stop, or data that cannot be read
                 trainer.leave(reason)
                 raise
         except Diverged:

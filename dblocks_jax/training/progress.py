@@ -31,7 +31,7 @@ class Progress:
         *,
         steps_per_epoch: int,
         log_every: int,
-        images_per_step: int,
+        examples_per_step: int,
         health: Health,
     ):
         self._logs = logs
@@ -39,7 +39,7 @@ class Progress:
         self._health = health
         self._steps_per_epoch = steps_per_epoch
         self._log_every = log_every
-        self._images_per_step = images_per_step
+        self._examples_per_step = examples_per_step
         self._window: list[Entry] = []
         self._closed: deque[tuple[int, float, float, list[Entry]]] = deque()
         self._latest = (0, 0.0, 0.0)  # step, lr, waited
@@ -52,7 +52,7 @@ class Progress:
         """Take the metrics of the `count` steps up to number `step` (from 1), which may still be under way.
 
         Each metric is [k] for one block or [blocks, k] for several, of which the first `count` columns count. `lr` is
-        that of the last step, `waited` the seconds that all steps so far have waited for images.
+        that of the last step, `waited` the seconds that all steps so far have waited for data.
 
         Raises:
           Diverged: see `Health`.
@@ -120,7 +120,8 @@ class Progress:
             "step": step,
             "epoch": step / self._steps_per_epoch,
             "lr": lr,
-            "images_per_second": None if steps_per_second is None else steps_per_second * self._images_per_step,
+            # By the name that logs have had since there were images alone.
+            "images_per_second": None if steps_per_second is None else steps_per_second * self._examples_per_step,
             "input_wait": share_waited,
             "memory_bytes": memory_in_use(),
             "blocks": means,

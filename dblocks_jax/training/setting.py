@@ -149,11 +149,11 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     if saved_card is not None:
         data.check_same(saved_card, str(workdir))
         if saved_card["images"] != count:
-            raise UserError(f"{workdir} was trained on {saved_card['images']} images, but now there are {count}")
+            raise UserError(f"{workdir} was trained on {saved_card['images']} examples, but now there are {count}")
     for split in ("val", "test"):
         data.split(split)  # what is missing there is said before anything is written
     stages = make_stages(entry, config, partial(curriculum, entry), length.steps)
-    card = data.to_dict() | {"images": count}
+    card = data.to_dict() | {"images": count}  # by the name that it has had since there were images alone
     return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
 
 

@@ -14,14 +14,9 @@ from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.tasks.mask.task import Mask
 from dblocks_jax.tasks.mask.writing import BLANK, Stage, uncovered_by
 from dblocks_jax.tasks.text import TextCard, unit
+from dblocks_jax.tasks.text_scores import OF_TEXTS
 
 TEXTS, IMAGES = 6, 60  # that are shown of those that were made
-# Figures of the texts, each with a "_data" beside it: (figure, in words).
-OF_TEXTS = (
-    ("distinct_2", "pairs of words that are different"),
-    ("repetition", "runs of four words that were there before in the same text"),
-    ("known_words", "words that the training text has too"),
-)
 
 
 class Made(NamedTuple):

@@ -20,29 +20,41 @@ from dblocks_jax.tasks.text import TextCard
 Score = Callable[[dict[str, Params], Any, Callable[[], None]], dict[str, Any]]
 
 
+def make_logits(config: ConfigDict, blueprint: Blueprint) -> Callable[..., Float[Array, "b n v"]]:
+    """Build (parameters of the first block, tokens [b, t], positions [b]) -> logits of tokens 1 .. t - 1 (n of them).
+
+    Each given those before it.
+
+    Of the plain model its own. Of blocks those of the first one, asked where the sampler starts: at sigma_max, with
+    z = sigma_max * eps, in which there is nothing of the token. That is the probability of the next token as far as
+    blocks have one: what the others make of a draw from it has none that could be told. The noise is a function of
+    `positions`, the number of each sequence.
+    """
+
+    def logits_of(together, tokens: Int[Array, "b t"], positions: Int[Array, " b"]) -> Float[Array, "b n v"]:
+        modules = blueprint.together(together)
+        if config.model_type == "llama":
+            return modules[0](tokens)[:, :-1]
+        (shared, block), shape = modules, (tokens.shape[1], config.hidden_size)
+        eps = jax.vmap(lambda place: jax.random.normal(stream(0, "score", place), shape))(positions)
+        sigma = jnp.full(tokens.shape[:1], config.sigma_max)
+        edm = {"sigma_data": config.sigma_data, "sigma_min": config.sigma_min}
+        return denoise(shared, block, tokens, config.sigma_max * eps, sigma, **edm)[:, 1:]
+
+    return logits_of
+
+
 def make_score(config: ConfigDict, blueprint: Blueprint, card: TextCard) -> Score:
     """Build (parameters by part, split, what to call at each batch) -> {"bits", "num_sequences"}.
 
-    Of the plain model its cross-entropy. Of blocks that of the first one, asked where the sampler starts: at sigma_max,
-    with z = sigma_max * eps, in which there is nothing of the token. That is the probability of the next token as far
-    as blocks have one: what the others make of a draw from it has none that could be told. The first token of a
-    sequence is left out: nothing is before it.
+    The first token of a sequence is left out: nothing is before it.
     """
-    is_plain = config.model_type == "llama"
+    logits_of = make_logits(config, blueprint)
 
     @jax.jit
     def costs_of(together, tokens: Array, positions: Int[Array, " b"]) -> Float[Array, " b"]:
         tokens = tokens.astype(jnp.int32)
-        modules = blueprint.together(together)
-        if is_plain:
-            logits = modules[0](tokens)[:, :-1]
-        else:
-            keys = jax.vmap(lambda place: stream(0, "score", place))(positions)
-            z = config.sigma_max * jax.vmap(lambda key: jax.random.normal(key, (card.length, config.hidden_size)))(keys)
-            (shared, block), sigma = modules, jnp.full(len(tokens), config.sigma_max)
-            edm = {"sigma_data": config.sigma_data, "sigma_min": config.sigma_min}
-            logits = denoise(shared, block, tokens, z, sigma, **edm)[:, 1:]
-        return token_cross_entropy(logits, tokens[:, 1:]).sum(axis=1)
+        return token_cross_entropy(logits_of(together, tokens, positions), tokens[:, 1:]).sum(axis=1)
 
     def run(params: dict[str, Params], source: Any, at_each_batch: Callable[[], None]) -> dict[str, Any]:
         count = len(source)

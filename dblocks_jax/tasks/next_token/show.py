@@ -6,10 +6,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared
+from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
+from dblocks_jax.pages.findings import DataShown, held_out_curves
 from dblocks_jax.tasks.next_token.denoiser import denoise
 from dblocks_jax.tasks.next_token.generation import sampler_plan
 from dblocks_jax.tasks.next_token.task import NextToken
+from dblocks_jax.tasks.text_show import text_shown
 
 FIGURES = (
     Figure("bits", "bits per character", has_spread=True, digits=4),
@@ -22,6 +25,8 @@ ABOUT_FIGURES = (
     "first one, at the most noise. Of texts that were made: how many of their pairs of words are different, how much "
     "is said again in the same text, and how many words the training text has too; the data's own stand in the results."
 )
+ABOUT_LEVELS = "How often training meets each noise level sigma, and which block answers for it."
+ONE_EXAMPLE = "one sequence"
 ABOUT_CURVE = "bits on text kept apart"
 
 
@@ -46,15 +51,20 @@ def step_of(task: NextToken, modules: tuple[Any, ...]) -> tuple[nnx.Module, tupl
     return Step(shared, block, task.config.sigma_data, task.config.sigma_min), (tokens, z, jnp.ones(1))
 
 
-def levels_of(task: NextToken) -> list[float]:
-    """The noise levels that a token goes through."""
-    return [] if task.is_plain else [float(sigma) for sigma in sampler_plan(task.config)[0]]
+def draw_levels(task: NextToken) -> dict[str, str]:
+    """A picture of the noise of training, and of the levels that a token goes through."""
+    if task.corruption is None:
+        return {}
+    levels = [float(sigma) for sigma in sampler_plan(task.config)[0]]
+    return {"levels": charts.noise(task.corruption.noise, task.corruption.edges, levels)}
+
+
+def data_shown(task: NextToken, data: Any) -> DataShown:
+    """The text, for the page that is made before training."""
+    del task
+    return text_shown(data)
 
 
 def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    for split in ("val", "test"):
-        scored = [line for line in lines if line.get("split") == split and isinstance(line.get("bits"), int | float)]
-        if scored:
-            return [line["step"] for line in scored], [line["bits"] for line in scored]
-    return [], []
+    return next(iter(held_out_curves(lines, "bits").values()), ([], []))

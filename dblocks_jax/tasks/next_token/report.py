@@ -1,0 +1,42 @@
+"""What a person wants to see of a trained decoder: bits, and how it goes on from beginnings of held-out texts."""
+
+import math
+from typing import Any
+
+from dblocks_jax.pages import charts
+from dblocks_jax.pages.findings import Findings, block_curves, held_out_curves
+from dblocks_jax.tasks.next_token.task import NextToken
+from dblocks_jax.tasks.text_scores import OF_TEXTS
+
+TEXTS = 6  # that are shown
+
+
+def look(
+    task: NextToken, found: dict[str, Any], written: list[tuple[str, str]], lines: list[dict[str, Any]]
+) -> Findings:
+    """Choose what is shown of a decoder. `found` are its scores, `written` beginnings and what it wrote after them.
+
+    `lines` are those of its log.
+    """
+    values = {
+        "texts": written[:TEXTS],
+        "guessing": math.log2(len(task.card.vocabulary)),
+        "of_texts": [
+            {"words": words, "made": found[name], "data": found[f"{name}_data"]}
+            for name, words in OF_TEXTS
+            if name in found
+        ],
+    }
+    return Findings(found, values, draw(lines, task), {})
+
+
+def draw(lines: list[dict[str, Any]], task: NextToken) -> dict[str, str]:
+    """Curves over the training steps."""
+    drawn = {}
+    if any("blocks" in line for line in lines):
+        num_blocks = None if task.is_plain else task.config.num_blocks
+        drawn["ce"] = block_curves(lines, "ce", "cross-entropy on training batches", num_blocks)
+    if held_out := held_out_curves(lines, "bits"):
+        colors = [charts.ACCENT, charts.INK][: len(held_out)]
+        drawn["held_out"] = charts.over_steps(held_out, colors, "bits per character, kept apart")
+    return drawn
