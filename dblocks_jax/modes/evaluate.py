@@ -6,7 +6,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.source import Data
-from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.load import Trained, load_run
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.processes import check_alike, first_process_first
@@ -27,6 +26,8 @@ def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any]
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
     if trained.entry is GENERATE:
+        from dblocks_jax.modes.generation import score_samples  # it draws charts: half a second
+
         found |= score_samples(trained, data, workdir)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
     return result | how_scored(trained)

@@ -5,8 +5,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dblocks_jax.modes.generation import with_samples
-from dblocks_jax.modes.judge import check_judge
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.files import saving, write_json
 from dblocks_jax.run.processes import are_several
@@ -27,12 +25,16 @@ def train(
     """Train what a config names, see `dblocks_jax.training.loop.train`; of what generates, score samples at the end."""
     entry = entry_of(config)
     if entry is GENERATE:
+        from dblocks_jax.modes.judge import check_judge
+
         check_judge(config)
         if config.score_samples and are_several():
             raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
     if entry is not GENERATE:
         return result
+    from dblocks_jax.modes.generation import with_samples  # it draws charts: half a second
+
     with saving(workdir):  # what is trained is not lost where samples cannot be made or judged
         write_json(workdir / "train.json", result)
     return with_samples(result, config, workdir)
