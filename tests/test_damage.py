@@ -429,15 +429,15 @@ def test_a_disk_that_is_full_or_read_only(tmp_path, trouble):
         ( while [ ! -d {workdir}/state/10 ]; do sleep 0.02; done; {fill} 2> /dev/null; touch {ready} ) &
         "$@"; code=$?; umount -q {workdir}/state; cp -r {workdir} {copied}; exit $code"""
     on_its_own = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash"]
-    done = finish(*on_its_own, *command(workdir, num_epochs=1000, save_every_n_epochs=5, max_steps=200))
+    done = finish(*on_its_own, *command(workdir, num_epochs=1000, save_every_n_epochs=5, max_steps=80))
     assert done.returncode == 3, done.stderr
     assert ready.exists()
-    assert result_of(done)["step"] == 200 and result_of(done)["unsaved"]
+    assert result_of(done)["step"] == 80 and result_of(done)["unsaved"]
     lines = [line for line in done.stderr.splitlines() if "cannot save step" in line]
     assert lines and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("launch.py: ")
     newest = saved_steps(copied)[-1]
-    assert 10 <= newest < 200
+    assert 10 <= newest < 80
     assert state_of(copied, newest)  # readable, whole
 
 
