@@ -5,12 +5,9 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -19,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
-from runs import command, finish, logged, result_of, saved_steps, wait_until
+from runs import command, files_of_at_most, finish, logged, result_of, saved_steps, wait_until
 from saved import state_of
 
 from configs import dblock_digits
@@ -453,18 +450,6 @@ def test_a_line_of_which_only_a_part_fits_leaves_the_file_as_it_was(tmp_path):
     done = finish(sys.executable, "-c", append)
     assert done.returncode == 1 and "OSError" in done.stderr
     assert path.read_text() == '{"step": 1}\n'
-
-
-@contextmanager
-def files_of_at_most(size: int):
-    """The system refuses longer files, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
-        signal.signal(signal.SIGXFSZ, before[1])
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
+from runs import files_of_at_most
 from test_pages import Page
 
 from configs import dit_digits
@@ -20,11 +21,11 @@ from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
 from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.inspect import inspect
-from dblocks_jax.modes.load import load_classifier, load_trained
+from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample
 from dblocks_jax.modes.train import train
-from dblocks_jax.run.errors import Diverged, UserError
+from dblocks_jax.run.errors import Diverged, Unsaved, UserError
 from dblocks_jax.run.workdir import finish
 from dblocks_jax.tasks.generate.report import after_each_block, first_of_each, held_out_curves
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
@@ -91,6 +92,29 @@ def test_samples_are_written_for_people_and_for_programs(run, tmp_path):
     assert len(list(folder.glob("0*.png"))) == 2  # those of before are gone
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+def test_samples_for_which_there_is_no_room_cost_none_of_those_before(run, tmp_path):
+    make(run, tmp_path, count=3)
+    there = {path: path.read_bytes() for path in (run[1] / "samples").iterdir()}
+    with files_of_at_most(500), pytest.raises(Unsaved, match="File too large"):
+        make(run, tmp_path, count=2)
+    assert {path: path.read_bytes() for path in (run[1] / "samples").iterdir()} == there and len(there) == 5
+
+
+def test_guidance_that_was_not_trained_for_is_told(run, tmp_path, monkeypatch, caplog):
+    """As `--cfg_scale` has it, whatever the config's."""
+    load = load_run
+
+    def never_without_class(*args, **kwargs):
+        trained, about = load(*args, **kwargs)
+        return trained, about | {"config": about["config"] | {"class_dropout_prob": 0.0}}
+
+    monkeypatch.setattr("dblocks_jax.modes.sample.load_run", never_without_class)
+    for scale, told in ((1.0, 0), (2.0, 1)):
+        make(run, tmp_path, count=2, cfg_scale=scale)
+        assert sum("class_dropout_prob was 0" in record.message for record in caplog.records) == told
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -131,6 +155,7 @@ def test_training_evaluation_and_report_score_alike(run):
     assert page.loaded == [] and page.pictures == 5  # noise, loss, error, the loss kept apart, memory
     for expected in (f"{trained['loss']:.4f}", f"{trained['frechet_pixels_ceiling']:.4g}", trained["judge"]["sha256"]):
         assert expected in page.text
+    assert "averages" in text  # they are in a step's memory
     assert text.count("a sample of class") == 10 * 10 + 2 * 8  # of each class; and 8 after each of two blocks
     assert text.count('alt="a training image"') == 8
 
