@@ -59,6 +59,11 @@ SOURCE = flags.DEFINE_string("source", None, "For import: the checkpoint file of
 CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of classes, with commas between [all].")
 COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
+TRAIN_ON_SAMPLES = flags.DEFINE_bool(
+    "train_on_samples",
+    False,
+    "For eval of a generator: score classifiers trained on its samples and on real images, too.",
+)
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 DEFAULTS = {"classify": classify, "generate": generate}  # task -> the config file with all of its fields
 # flag -> the modes that take it
@@ -73,6 +78,7 @@ MODES_OF = {
     "classes": ("sample",),
     "count": ("sample",),
     "cfg_scale": ("sample",),
+    "train_on_samples": ("eval",),
 }
 NEEDED = {"merge": "parts", "compare": "runs", "predict": "images", "import": "source"}  # mode -> flag
 
@@ -206,7 +212,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "eval":
             from dblocks_jax.modes.evaluate import evaluate_run
 
-            return evaluate_run(config, workdir, **saved)
+            return evaluate_run(config, workdir, train_on_samples=TRAIN_ON_SAMPLES.value, **saved)
         case "predict":
             from dblocks_jax.modes.predict import predict
 

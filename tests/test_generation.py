@@ -15,6 +15,7 @@ from runs import files_of_at_most
 from test_pages import Page
 
 from configs import dit_digits
+from dblocks_jax.data.datasets import ArraySource
 from dblocks_jax.modes import generation, judge
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
@@ -25,10 +26,13 @@ from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample
 from dblocks_jax.modes.train import train
+from dblocks_jax.modes.usefulness import accuracy_after_training, check_trains_on_samples, train_on_samples
 from dblocks_jax.run.errors import Diverged, Unsaved, UserError
 from dblocks_jax.run.workdir import finish
+from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.generate.report import after_each_block, first_of_each, held_out_curves
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
+from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.images import find_dataset
 
 TINY = {
@@ -208,6 +212,26 @@ def test_images_that_are_not_finite_have_no_score(run, tmp_path):
     assert score_samples(broken, find_dataset(run[0]), tmp_path) == {"diverged": True}
     with pytest.raises(Diverged, match="the images are not finite"):
         make_images(broken, np.zeros(1, np.int32), 1.0)
+
+
+def test_a_classifier_learns_from_samples_what_they_show(run, monkeypatch):
+    """Samples that are the training images are as good as these; from such that show one class it learns that class."""
+    monkeypatch.setattr(judge, "STEPS", 12)
+    data = find_dataset(run[0])
+    train_, test = data.split("train"), data.split("test")
+    few = replace(data, load={"train": ArraySource(train_.pixels[:256], train_.labels[:256]), "test": test}.get)
+    found = train_on_samples(run[0], few, train_.pixels[:256], train_.labels[:256])
+    assert found["num_trained_on"] == 256 and found["accuracy_trained_on_samples"] == found["accuracy_trained_on_real"]
+    of_one_class = ArraySource(train_.pixels[:256], np.full(256, 3, np.int32))
+    learned = accuracy_after_training(run[0], few, of_one_class)
+    assert learned == np.mean(test.labels == 3) != found["accuracy_trained_on_real"]
+
+
+def test_training_on_samples_that_there_will_not_be_is_one_line(run):
+    with pytest.raises(UserError, match="--train_on_samples is for runs that generate images"):
+        check_trains_on_samples(CLASSIFY, run[0])
+    with pytest.raises(UserError, match="--train_on_samples needs samples: set score_samples"):
+        check_trains_on_samples(GENERATE, ConfigDict({**run[0].to_dict(), "score_samples": 0}))
 
 
 def test_generators_are_ranked_by_loss_beside_classifiers(run, tmp_path, capsys):

@@ -14,21 +14,32 @@ from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
 
 
-def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def evaluate_run(
+    config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str, train_on_samples: bool = False
+) -> dict[str, Any]:
     """Score a saved run on its test split: `checkpoint` is "best", "last" or a step.
+
+    `train_on_samples`: of what generates, also what a classifier learns from samples, see `modes/usefulness.py`.
 
     Raises:
       UserError: there is no such run or checkpoint, or an override contradicts it.
     """
     mesh = make_mesh()
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
+    if train_on_samples:
+        from dblocks_jax.modes import usefulness
+
+        usefulness.check_trains_on_samples(trained.entry, trained.config)
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
     if trained.entry is GENERATE:
-        from dblocks_jax.modes.generation import score_samples  # it draws charts: half a second
+        from dblocks_jax.modes.generation import sample_and_score  # it draws charts: half a second
 
-        found |= score_samples(trained, data, workdir)
+        figures, made = sample_and_score(trained, data, workdir)
+        found |= figures
+        if train_on_samples and made is not None:
+            found |= usefulness.train_on_samples(trained.config, data, made.images, made.labels)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
     return result | how_scored(trained)
 
