@@ -4,7 +4,8 @@
 
 Real digits against real digits, and against noised ones, in principal components of the pixels: Frechet distance by
 torchmetrics and torch-fidelity, kernel distance (KID's estimator) by both, distances to the nearest image by
-scikit-learn and prdc. No network is asked, so nothing is downloaded. Install the libraries in an environment of their own:
+scikit-learn and prdc. No network is asked, so nothing is downloaded. Install the libraries in an environment of their
+own:
 
   uv pip install torchmetrics torch-fidelity prdc
 
