@@ -60,6 +60,11 @@ CLASSES = flags.DEFINE_list("classes", [], "For sample: names or numbers of clas
 COUNT = flags.DEFINE_integer("count", 64, "For sample: how many images or texts.")
 TEXT = flags.DEFINE_string("text", None, "For sample and predict: a text; where symbols are masked _ is one to find.")
 CFG_SCALE = flags.DEFINE_float("cfg_scale", None, "For sample: strength of guidance, 1 is none [the config's].")
+TRAIN_ON_SAMPLES = flags.DEFINE_bool(
+    "train_on_samples",
+    False,
+    "For eval of a generator: score classifiers trained on its samples and on real images, too.",
+)
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 # task -> the config file with all of its fields
 DEFAULTS = {"classify": classify, "generate": generate, "mask": mask, "next_token": next_token}
@@ -76,12 +81,14 @@ MODES_OF = {
     "count": ("sample",),
     "text": ("sample", "predict"),
     "cfg_scale": ("sample",),
+    "train_on_samples": ("eval",),
 }
 # flag -> the tasks whose models have a use for it
 TASKS_OF = {
     "images": ("classify",),
     "classes": ("generate",),
     "cfg_scale": ("generate",),
+    "train_on_samples": ("generate",),
     "text": ("mask", "next_token"),
 }
 # mode -> the flags of which it needs one
@@ -223,7 +230,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
         case "eval":
             from dblocks_jax.modes.evaluate import evaluate_run
 
-            return evaluate_run(config, workdir, **saved)
+            return evaluate_run(config, workdir, train_on_samples=TRAIN_ON_SAMPLES.value, **saved)
         case "predict" if config.task in TASKS_OF["text"]:
             from dblocks_jax.modes.reading import predict_text
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +45,18 @@ def started(
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """The system refuses longer files, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -379,6 +379,18 @@ def test_digits(tmp_path):
     assert len(together) == 1797
 
 
+def test_digits_are_those_of_scikit_learn_as_it_splits_them(tmp_path):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    whole = load_digits()
+    parts = train_test_split(np.arange(1797), test_size=360, stratify=whole.target, random_state=0)
+    for split, chosen in zip(("train", "test"), map(np.sort, parts), strict=True):
+        ours = load("digits", tmp_path, image_size=8).split(split)
+        np.testing.assert_array_equal(ours.labels, whole.target[chosen])
+        np.testing.assert_array_equal(everything(ours)[..., 0], np.rint(whole.images[chosen] * (255 / 16)))
+
+
 def test_validation_is_a_stratified_part_of_the_training_images(tmp_path):
     whole = load("digits", tmp_path, image_size=8).split("train")
     dataset = load("digits", tmp_path, image_size=8, val_fraction=0.2)

@@ -11,24 +11,29 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
+from runs import files_of_at_most
 from test_pages import Page
 
 from configs import dit_digits
+from dblocks_jax.data.datasets import ArraySource
 from dblocks_jax.modes import generation, judge
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
 from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.inspect import inspect
-from dblocks_jax.modes.load import load_classifier, load_trained
+from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample
 from dblocks_jax.modes.train import train
+from dblocks_jax.modes.usefulness import accuracy_after_training, check_trains_on_samples, train_on_samples
 from dblocks_jax.pages.findings import held_out_curves
-from dblocks_jax.run.errors import Diverged, UserError
+from dblocks_jax.run.errors import Diverged, Unsaved, UserError
 from dblocks_jax.run.workdir import finish
+from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.generate.report import after_each_block, first_of_each
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
+from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.images import find_dataset
 
 TINY = {
@@ -92,6 +97,29 @@ def test_samples_are_written_for_people_and_for_programs(run, tmp_path):
     assert len(list(folder.glob("0*.png"))) == 2  # those of before are gone
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
+def test_samples_for_which_there_is_no_room_cost_none_of_those_before(run, tmp_path):
+    make(run, tmp_path, count=3)
+    there = {path: path.read_bytes() for path in (run[1] / "samples").iterdir()}
+    with files_of_at_most(500), pytest.raises(Unsaved, match="File too large"):
+        make(run, tmp_path, count=2)
+    assert {path: path.read_bytes() for path in (run[1] / "samples").iterdir()} == there and len(there) == 5
+
+
+def test_guidance_that_was_not_trained_for_is_told(run, tmp_path, monkeypatch, caplog):
+    """As `--cfg_scale` has it, whatever the config's."""
+    load = load_run
+
+    def never_without_class(*args, **kwargs):
+        trained, about = load(*args, **kwargs)
+        return trained, about | {"config": about["config"] | {"class_dropout_prob": 0.0}}
+
+    monkeypatch.setattr("dblocks_jax.modes.sample.load_run", never_without_class)
+    for scale, told in ((1.0, 0), (2.0, 1)):
+        make(run, tmp_path, count=2, cfg_scale=scale)
+        assert sum("class_dropout_prob was 0" in record.message for record in caplog.records) == told
+
+
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
@@ -132,6 +160,7 @@ def test_training_evaluation_and_report_score_alike(run):
     assert page.loaded == [] and page.pictures == 5  # noise, loss, error, the loss kept apart, memory
     for expected in (f"{trained['loss']:.4f}", f"{trained['frechet_pixels_ceiling']:.4g}", trained["judge"]["sha256"]):
         assert expected in page.text
+    assert "averages" in text  # they are in a step's memory
     assert text.count("a sample of class") == 10 * 10 + 2 * 8  # of each class; and 8 after each of two blocks
     assert text.count('alt="a training image"') == 8
 
@@ -184,6 +213,26 @@ def test_images_that_are_not_finite_have_no_score(run, tmp_path):
     assert score_samples(broken, find_dataset(run[0]), tmp_path) == {"diverged": True}
     with pytest.raises(Diverged, match="the images are not finite"):
         make_images(broken, np.zeros(1, np.int32), 1.0)
+
+
+def test_a_classifier_learns_from_samples_what_they_show(run, monkeypatch):
+    """Samples that are the training images are as good as these; from such that show one class it learns that class."""
+    monkeypatch.setattr(judge, "STEPS", 12)
+    data = find_dataset(run[0])
+    train_, test = data.split("train"), data.split("test")
+    few = replace(data, load={"train": ArraySource(train_.pixels[:256], train_.labels[:256]), "test": test}.get)
+    found = train_on_samples(run[0], few, train_.pixels[:256], train_.labels[:256])
+    assert found["num_trained_on"] == 256 and found["accuracy_trained_on_samples"] == found["accuracy_trained_on_real"]
+    of_one_class = ArraySource(train_.pixels[:256], np.full(256, 3, np.int32))
+    learned = accuracy_after_training(run[0], few, of_one_class)
+    assert learned == np.mean(test.labels == 3) != found["accuracy_trained_on_real"]
+
+
+def test_training_on_samples_that_there_will_not_be_is_one_line(run):
+    with pytest.raises(UserError, match="--train_on_samples is for runs that generate images"):
+        check_trains_on_samples(CLASSIFY, run[0])
+    with pytest.raises(UserError, match="--train_on_samples needs samples: set score_samples"):
+        check_trains_on_samples(GENERATE, ConfigDict({**run[0].to_dict(), "score_samples": 0}))
 
 
 def test_generators_are_ranked_by_loss_beside_classifiers(run, tmp_path, capsys):

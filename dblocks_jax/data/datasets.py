@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dblocks_jax.data.digits import load_digits
 from dblocks_jax.data.folder import IMAGENET_MEAN, IMAGENET_STD, load_folder
 from dblocks_jax.data.images import CHUNK, IMAGE_SUFFIXES, decode_all, read_images, stamp
 from dblocks_jax.data.sources import ArraySource, Card, Dataset, FileSource, Source, Subset, with_val
@@ -18,8 +19,6 @@ __all__ = [
     "IMAGE_SUFFIXES", "NAMES", "STORED", "ArraySource", "Card", "Dataset", "FileSource", "Source", "Subset",
     "load_dataset", "read_images", "stamp",
 ]  # fmt: skip
-
-DIGITS_TEST_IMAGES = 360
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def load_dataset(
     if image_size != height:
         raise UserError(f"image_size is {image_size}, but the images of {name} have {height}x{width}: set {height}")
     if name == "digits":
-        class_names, load = tuple("0123456789"), _load_digits
+        class_names, load = tuple("0123456789"), load_digits
     else:
         from dblocks_jax.data.tfds_builders import prepare
 
@@ -77,20 +76,6 @@ def load_dataset(
 
     split = with_val(load, name, val_fraction, seed)
     return Dataset(class_names, stored.image_shape, stored.mean, stored.std, name, split)
-
-
-def _load_digits(which: str) -> ArraySource:
-    """scikit-learn's 1797 digits, with grey levels 0..16 spread over 0..255; the same 360 are the test split always."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load_digits()
-    train, test = train_test_split(
-        np.arange(len(digits.target)), test_size=DIGITS_TEST_IMAGES, stratify=digits.target, random_state=0
-    )
-    chosen = np.sort({"train": train, "test": test}[which])
-    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ArraySource(pixels[..., None], digits.target[chosen].astype(np.int32))
 
 
 def _read_prepared(builder: Any, which: str, image_shape: tuple[int, int, int]) -> ArraySource:

@@ -18,7 +18,7 @@ from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.text_scores import text_scores
-from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
+from dblocks_jax.training.config import arithmetic
 
 PROMPT_SHARE = 4  # of what a model sees one part in so many is given, where texts are made to be scored
 
@@ -65,20 +65,6 @@ def continue_text(
     write_texts(workdir / TEXTS, texts)
     about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
     return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
-
-
-def with_continuations(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """`result` of a run that is trained, with the scores of what it writes.
-
-    Raises:
-      UserError: its checkpoint cannot be read.
-    """
-    step = result.get("checkpoint")
-    if step is None or "bits" not in result or "diverged" in result or config.score_samples == 0:
-        return result
-    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
-    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
-    return result | score_continuations(trained, trained.entry.find_data(config), workdir)
 
 
 def score_continuations(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:

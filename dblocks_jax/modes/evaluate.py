@@ -6,32 +6,42 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.source import Data
-from dblocks_jax.modes.continuing import score_continuations
-from dblocks_jax.modes.generation import score_samples
 from dblocks_jax.modes.load import Trained, load_run
-from dblocks_jax.modes.writing import score_texts
+from dblocks_jax.modes.made import score_made
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
 
-# task -> what scores what a model makes
-SCORE_MADE = {"generate": score_samples, "mask": score_texts, "next_token": score_continuations}
 
-
-def evaluate_run(config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def evaluate_run(
+    config: ConfigDict, workdir: Path, *, overrides: dict[str, Any], checkpoint: str, train_on_samples: bool = False
+) -> dict[str, Any]:
     """Score a saved run on its test split: `checkpoint` is "best", "last" or a step.
+
+    `train_on_samples`: of what generates, also what a classifier learns from samples, see `modes/usefulness.py`.
 
     Raises:
       UserError: there is no such run or checkpoint, or an override contradicts it.
     """
     mesh = make_mesh()
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides, mesh=mesh)
+    if train_on_samples:
+        from dblocks_jax.modes import usefulness
+
+        usefulness.check_trains_on_samples(trained.entry, trained.config)
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
-    if trained.entry.name in SCORE_MADE and "diverged" not in found:
-        found |= SCORE_MADE[trained.entry.name](trained, data, workdir)
+    if train_on_samples:
+        from dblocks_jax.modes.generation import sample_and_score
+
+        figures, made = sample_and_score(trained, data, workdir)
+        found |= figures
+        if made is not None:
+            found |= usefulness.train_on_samples(trained.config, data, made.images, made.labels)
+    elif "diverged" not in found:
+        found |= score_made(trained, data, workdir)
     result = {"mode": "eval", "workdir": str(workdir), "checkpoint": trained.step, "split": "test", **found}
     return result | how_scored(trained)
 

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Num
-from ml_collections import ConfigDict
 
 from dblocks_jax.modes.judge import find_judge
-from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.modes.load import Trained
 from dblocks_jax.modes.sample import check_scale, make_images, share_out
-from dblocks_jax.run.errors import Diverged, UserError
+from dblocks_jax.run.errors import Diverged
 from dblocks_jax.run.files import saving
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pictures import write_grid
@@ -24,7 +23,6 @@ from dblocks_jax.tasks.generate.scores import (
     noised,
     pixel_features,
 )
-from dblocks_jax.training.config import FREE_TO_CHANGE
 
 PICTURE = "samples.png"
 A_CLASS, CLASSES = 8, 12  # of the picture: images of a class in a row, and rows
@@ -101,19 +99,3 @@ def distances(
         found[f"kid_{name}{suffix}"] = float(kernel.mean)
         found[f"kid_{name}{suffix}_spread"] = float(kernel.spread)
     return found
-
-
-def with_samples(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """`result` of a run that is trained, with the scores of its samples.
-
-    Raises:
-      UserError: its checkpoint cannot be read.
-    """
-    step = result.get("checkpoint")
-    if step is None or "loss" not in result or "diverged" in result:
-        return result
-    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
-    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
-    if trained.task.corruption is None:
-        raise UserError(f"{workdir} holds nothing that generates")
-    return result | score_samples(trained, trained.entry.find_data(config), workdir)

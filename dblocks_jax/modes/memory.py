@@ -12,9 +12,8 @@ from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, trained_blocks
-from dblocks_jax.training.loop import make_step
 from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.setting import shapes_of
+from dblocks_jax.training.setting import make_step, shapes_of
 from dblocks_jax.training.step import Steps
 
 MIB = 2**20

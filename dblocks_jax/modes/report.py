@@ -156,4 +156,6 @@ def _draw_memory(trained: Trained) -> str:
             "gradients": needed.gradients,
             "activations": needed.activations,
         }
+        if needed.averages:  # none has them, or both
+            rows[name]["averages"] = needed.averages
     return charts.memory(rows)

@@ -52,24 +52,26 @@ def sample(
     """
     if not 1 <= count <= MOST_IMAGES:
         raise UserError(f"--count must lie in [1, {MOST_IMAGES:,}], not {count}")
-    trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
+    trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     only(GENERATE, trained, workdir)
     labels = share_out(find_classes(classes, trained.card.class_names), count)
     scale = check_scale(trained.config.cfg_scale if cfg_scale is None else cfg_scale)
+    trained.entry.warn(ConfigDict(run["config"]), ConfigDict({**trained.config.to_dict(), "cfg_scale": scale}))
     images = make_images(trained, labels, scale)
     folder = workdir / FOLDER
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.png"):
-            old.unlink()
+        # The array goes first, which needs the most room, and pictures of before go last: a full disk costs nothing.
         if trained.config.dataset == LATENTS:
             write_latents(folder / ARRAY, images / trained.config.latent_scale)
+            written = set()
         else:
-            write_grid(
-                folder / GRID, images[np.unique(np.linspace(0, count - 1, min(count, MOST_IN_GRID)).astype(int))]
-            )
-            write_pictures(folder, images)
             write_samples(folder / ARRAY, images)
+            shown_at = np.unique(np.linspace(0, count - 1, min(count, MOST_IN_GRID)).astype(int))
+            write_grid(folder / GRID, images[shown_at])
+            written = {folder / GRID, *write_pictures(folder, images)}
+        for old in set(folder.glob("*.png")) - written:
+            old.unlink()
     return {
         "mode": "sample",
         "workdir": str(workdir),

@@ -5,22 +5,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dblocks_jax.modes.continuing import with_continuations
-from dblocks_jax.modes.generation import with_samples
-from dblocks_jax.modes.judge import check_judge
-from dblocks_jax.modes.writing import with_texts
+from dblocks_jax.modes.made import MAKES, with_made
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.files import saving, write_json
 from dblocks_jax.run.processes import are_several
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.generate.task import GENERATE
-from dblocks_jax.tasks.mask.task import MASK
-from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.training import loop
-
-# task -> what scores at the end what a model made
-SCORED = {GENERATE.name: with_samples, MASK.name: with_texts, NEXT_TOKEN.name: with_continuations}
 
 
 def train(
@@ -34,12 +26,14 @@ def train(
     """Train what a config names, see `dblocks_jax.training.loop.train`; of what generates, score samples at the end."""
     entry = entry_of(config)
     if entry is GENERATE:
+        from dblocks_jax.modes.judge import check_judge
+
         check_judge(config)
-    if entry.name in SCORED and config.score_samples and are_several():
+    if entry.name in MAKES and config.score_samples and are_several():
         raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
-    if entry.name not in SCORED:
+    if entry.name not in MAKES:
         return result
     with saving(workdir):  # what is trained is not lost where samples cannot be made or judged
         write_json(workdir / "train.json", result)
-    return SCORED[entry.name](result, config, workdir)
+    return with_made(result, config, workdir)

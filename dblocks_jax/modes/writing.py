@@ -21,7 +21,7 @@ from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import Stage, Template, all_hidden, kept_steps, read_template, show
 from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.tasks.text_scores import text_scores
-from dblocks_jax.training.config import FREE_TO_CHANGE, arithmetic
+from dblocks_jax.training.config import arithmetic
 
 TEXTS, PICTURE = "samples.txt", "samples.png"
 STAGES = 6  # of a text being uncovered that are shown
@@ -111,20 +111,6 @@ def write_texts(path: Path, texts: list[str]) -> None:
     """A line each; line breaks within are spaces."""
     with saving(path):
         write_whole(path, "".join(" ".join(text.splitlines()) + "\n" for text in texts).encode())
-
-
-def with_texts(result: dict[str, Any], config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """`result` of a run that is trained, with the scores of texts that it made; one of them is shown on its way.
-
-    Raises:
-      UserError: its checkpoint cannot be read.
-    """
-    step = result.get("checkpoint")
-    if step is None or "bits" not in result or "diverged" in result or config.score_samples == 0:
-        return result
-    free = {field: config[field] for field in FREE_TO_CHANGE}  # where the data lie now, and so on
-    trained, _ = load_run(workdir, checkpoint=str(step), config=config, overrides=free)
-    return result | score_texts(trained, trained.entry.find_data(config), workdir)
 
 
 def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:

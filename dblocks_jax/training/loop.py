@@ -4,7 +4,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,24 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.feed import make_feed
-from dblocks_jax.models.blueprint import Blueprint, Params
+from dblocks_jax.models.blueprint import Params
 from dblocks_jax.run import workdir as run_folder
-from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, Unusable, UserError
 from dblocks_jax.run.logs import Logs, check_wandb
-from dblocks_jax.run.processes import check_alike, first_process_first, is_first
+from dblocks_jax.run.processes import is_first
 from dblocks_jax.run.stop import Stop
-from dblocks_jax.tasks.task import Entry, Task
-from dblocks_jax.training.begin import begin
+from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, schedule
 from dblocks_jax.training.display import Display
 from dblocks_jax.training.health import Health
+from dblocks_jax.training.opened import Opened, open_run
 from dblocks_jax.training.optimizer import Part, used_params
 from dblocks_jax.training.overview import overview
 from dblocks_jax.training.pace import Pace
 from dblocks_jax.training.progress import Progress
 from dblocks_jax.training.residence import OneAtATime, SideBySide
-from dblocks_jax.training.setting import Setting, memoized, prepare
-from dblocks_jax.training.step import Parallel, Steps, TrainStep, make_train_step, stack_shares
-
-
-@dataclass
-class Opened:
-    """A run whose folder is held: where it stands, and what is on record of it."""
-
-    checkpoints: Checkpoints
-    step: int
-    parts: dict[str, Part]
-    skipped: dict[str, Any]  # see `Health`
-    scores: dict[int, float]  # step -> main score on the validation split, the more the better
-    on_record: dict[str, set[int]]  # split -> steps that are scored
+from dblocks_jax.training.setting import Setting, make_step, memoized, parallel_of, prepare
+from dblocks_jax.training.step import Steps, stack_shares
 
 
 @dataclass
@@ -268,69 +254,9 @@ class Trainer:
         return result | {"unsaved": unsaved} if unsaved else result
 
 
-def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:
-    """The jitted training step that a config describes; see `make_train_step`."""
-    return make_train_step(
-        task,
-        blueprint,
-        seed=config.seed,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        ema_decay=config.ema_decay,
-        accumulate=config.accumulate_grad_batches,
-        parallel=parallel,
-    )
-
-
-def parallel_of(setting: Setting) -> Parallel | None:
-    """How blocks train side by side, if they do."""
-    config = setting.config
-    return Parallel(setting.mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
-
-
 def next_multiple(step: int, of: int) -> int:
     """The first multiple that lies beyond `step`."""
     return (step // of + 1) * of
-
-
-def open_run(setting: Setting, held: ExitStack, *, command: list[str], overrides: dict[str, Any]) -> Opened:
-    """Claim the folder, put this start on record, and take up the newest checkpoint that is sound.
-
-    Raises:
-      UserError: the folder cannot be written, is in use, or holds nothing that can be gone on with.
-    """
-    workdir, config = setting.workdir, setting.config
-    parts = begin(setting)
-    with run_folder.writing(workdir), first_process_first("workdir"):
-        held.enter_context(run_folder.claim(workdir))
-        run_folder.open_run(
-            workdir, config.to_dict(), setting.card, was=setting.saved, command=command, overrides=overrides
-        )
-    scores: dict[int, float] = {}
-    with run_folder.writing(workdir):
-        checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
-        step, parts, about = checkpoints.resume(partial(parts_like, setting, parts), parts)
-        check_alike("checkpoints", step)
-        if "imported" in about:
-            raise UserError(
-                f"{workdir} was imported from {about['imported']}, without the optimizer's moments: "
-                "it can be scored and exported, but not trained on"
-            )
-        main = setting.entry.main_score
-        with first_process_first("log"):
-            run_folder.forget_metrics_after(workdir, step)
-            on_record = {split: run_folder.scores(workdir, split, main.name) for split in ("val", "test")}
-    sign = 1 if main.more_is_better else -1
-    scores.update({at: sign * value for at, value in on_record["val"].items()})
-    return Opened(
-        checkpoints, step, parts, about.get("skipped", {}), scores, {split: set(at) for split, at in on_record.items()}
-    )
-
-
-def parts_like(setting: Setting, first: dict[str, Part], step: int) -> dict[str, Part]:
-    """Parts shaped and placed as a checkpoint of `step` is read. `first` are those of the start."""
-    stage = setting.stage_of(step)
-    return first if stage is setting.stages[0] else setting.fresh(stage)
 
 
 def train(

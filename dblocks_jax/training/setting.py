@@ -30,6 +30,7 @@ from dblocks_jax.training.config import (
 from dblocks_jax.training.heldout import scorer_of
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.stages import Stage, divide, make_stages
+from dblocks_jax.training.step import Parallel, TrainStep, make_train_step
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,26 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     stages = make_stages(entry, config, partial(curriculum, entry), length.steps)
     card = data.to_dict() | {"images": count}  # by the name that it has had since there were images alone
     return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
+
+
+def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:
+    """The jitted training step that a config describes; see `make_train_step`."""
+    return make_train_step(
+        task,
+        blueprint,
+        seed=config.seed,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay,
+        accumulate=config.accumulate_grad_batches,
+        parallel=parallel,
+    )
+
+
+def parallel_of(setting: Setting) -> Parallel | None:
+    """How blocks train side by side, if they do."""
+    config = setting.config
+    return Parallel(setting.mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
 
 
 def memoized(build: Callable[[Stage], Model]) -> Callable[[Stage], Model]:

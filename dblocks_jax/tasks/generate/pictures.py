@@ -57,14 +57,18 @@ def write_grid(path: Path, images: UInt8[np.ndarray, "n h w c"], columns: int | 
     write_whole(path, png(grid(images, columns)))
 
 
-def write_pictures(folder: Path, images: UInt8[np.ndarray, "n h w c"], first: int = 0) -> None:
+def write_pictures(folder: Path, images: UInt8[np.ndarray, "n h w c"], first: int = 0) -> list[Path]:
     """Each image as a PNG of its own, named by its number, which starts at `first`: 000000.png, 000001.png, ...
+
+    Returns where they are.
 
     Raises:
       UserError: they have neither one channel nor three, or (OSError) a file cannot be written.
     """
-    for i, image in enumerate(images, first):
-        write_whole(folder / f"{i:06d}.png", png(image))
+    paths = [folder / f"{i:06d}.png" for i in range(first, first + len(images))]
+    for path, image in zip(paths, images, strict=True):
+        write_whole(path, png(image))
+    return paths
 
 
 def write_samples(path: Path, images: UInt8[np.ndarray, "n h w c"]) -> None:
