@@ -1,4 +1,9 @@
-"""DiffusionBlocks of masked diffusion on the grey levels of scikit-learn's digits: bits per dimension, no download."""
+"""DiffusionBlocks of masked diffusion on the grey levels of scikit-learn's digits: bits per dimension, no download.
+
+COMMAND: python launch.py --config=configs/mask_digits.py
+TIME: T2
+ACCURACY: A2
+"""
 
 from configs import mask
 

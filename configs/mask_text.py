@@ -1,4 +1,9 @@
-"""DiffusionBlocks on a small masked transformer that writes as presidents do: no download."""
+"""DiffusionBlocks on a small masked transformer that writes as presidents do: no download.
+
+COMMAND: python launch.py --config=configs/mask_text.py
+TIME: T1
+ACCURACY: A1
+"""
 
 from configs import mask
 
@@ -7,19 +12,21 @@ def get_config():
     config = mask.get_config()
     config.text_length = 128
     config.num_layers = 6
-    config.hidden_size = 128
+    config.hidden_size = 96
     config.num_heads = 4
-    config.intermediate_size = 512
+    config.intermediate_size = 384
     config.num_blocks = 3
     config.grow_at = (0.5,)
     config.num_epochs = 1
-    config.max_steps = 1500
-    config.batch_size = 32
+    config.max_steps = 2700
+    config.batch_size = 16
     config.lr = 2e-3
     config.weight_decay = 0.03
     config.scheduler_type = "cosine"
     config.num_warmup_steps = 100
     config.ema_decay = 0.995
+    config.num_inference_steps = 64
+    config.score_samples = 50
     config.save_every_n_epochs = 3
     config.log_every_n_steps = 100
     return config

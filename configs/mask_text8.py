@@ -1,6 +1,10 @@
 """DiffusionBlocks on the paper's masked transformer of text8, which a user places in `data_dir`.
 
 Where the paper is silent, as MD4 trains it: cosine to 0, averages of 0.9999.
+
+COMMAND: python launch.py --config=configs/mask_text8.py
+TIME: T5
+ACCURACY: A5
 """
 
 from configs import mask

@@ -1,4 +1,9 @@
-"""DiffusionBlocks on a small decoder that writes as presidents do: no download."""
+"""DiffusionBlocks on a small decoder that writes as presidents do: no download.
+
+COMMAND: python launch.py --config=configs/next_text.py
+TIME: T3
+ACCURACY: A3
+"""
 
 from configs import next_token
 

@@ -92,7 +92,7 @@ def try_config(changes: dict) -> None:
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
-@settings(max_examples=10, derandomize=True, **QUIET)
+@settings(max_examples=5, derandomize=True, **QUIET)
 @given(changes_of())
 def test_a_config_trains_or_is_refused(changes):
     try_config(changes)

@@ -100,6 +100,7 @@ def test_a_mistake_in_one_ends_both_with_one_line(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.long
 def test_two_processes_stop_at_the_same_step(tmp_path):
     """A signal to one of them is a signal to both, and what they save is a point on the undisturbed run's way."""
     workdir, fields = tmp_path / "run", ["--config.num_epochs=200", "--config.save_every_n_epochs=200"]

@@ -38,6 +38,7 @@ from dblocks_jax.training.setting import fresh_parts
 STEP = 7
 CARD = {"class_names": list("0123456789"), "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5], "images": 1437}
 TEXT_CARD = {"vocabulary": letters().to_dict(), "length": 8, "crc32": 1, "images": 1000}
+CONFIGS = {"classify": dblock_digits, "generate": dit_digits, "mask": mask_text, "next_token": next_text}
 CARDS = {"classify": CARD, "generate": CARD, "mask": TEXT_CARD, "next_token": TEXT_CARD}
 
 
@@ -93,7 +94,7 @@ def test_a_sound_run_is_what_the_forged_ones_differ_from(sound, task):
 def test_no_field_of_another_type_gets_past_the_check(task):
     """Each field of a config, with each type that is not its own; and missing."""
     entry = TASKS[task]
-    sound = tiny({"classify": dblock_digits, "generate": dit_digits, "mask": mask_text}[task].get_config())
+    sound = tiny(CONFIGS[task].get_config())
     entry_of(sound)
     common_fields.check_config(entry, sound)
     kinds = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (list, tuple)}

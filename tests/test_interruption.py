@@ -196,6 +196,7 @@ class StopAt(Stop):
         super().check()
 
 
+@pytest.mark.long
 def test_an_evaluation_that_was_abandoned_is_made_up_for(tmp_path):
     """However often it is stopped: at every check of a run, in the loop and between batches of evaluation."""
     expected = run(tiny(eval_batch_size=100), tmp_path / "whole")

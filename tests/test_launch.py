@@ -90,6 +90,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     assert f"--checkpoint chooses another; there are [{step}]" in done.stderr
 
 
+@pytest.mark.long
 def test_eight_devices_train_as_one(trained, tmp_path):
     done = launch(
         *TINY, f"--workdir={tmp_path}", XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
@@ -148,7 +149,7 @@ def test_mistakes_are_one_line_and_an_exit_code(tmp_path, args, code, message):
         (["--mode=memory", "--gib=nan"], "--gib must be a finite number greater than 0, not nan"),
         (["--mode=memory", "--gib=inf"], "--gib must be a finite number greater than 0, not inf"),
         (["--mode=memory", "--gib=-1"], "--gib must be a finite number greater than 0, not -1.0"),
-        (["--mode=predict", "--text=a"], "--text is for models of the task mask, not for classify"),
+        (["--mode=predict", "--text=a"], "--text is for models of the task mask or next_token, not for classify"),
         (["--mode=predict", "--config=configs/mask_text.py"], "--mode=predict needs --text"),
         (["--mode=predict", "--config=configs/mask_text.py", "--text="], "--mode=predict needs --text"),
         (

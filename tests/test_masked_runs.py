@@ -39,6 +39,7 @@ def assert_same_state(found: Path, expected: Path, step: int) -> None:
         np.testing.assert_array_equal(found_state[path], value, err_msg=path)
 
 
+@pytest.mark.long
 def test_a_run_killed_around_its_division_ends_in_the_same_bits(text, tmp_path):
     config = tiny(text, grow_at=(0.5,))
     whole = run(config, tmp_path / "whole")
@@ -48,6 +49,7 @@ def test_a_run_killed_around_its_division_ends_in_the_same_bits(text, tmp_path):
     assert_same_state(tmp_path / "killed", tmp_path / "whole", 4)
 
 
+@pytest.mark.long
 def test_blocks_trained_apart_and_merged_are_those_trained_together(text, tmp_path):
     isolated = {"sharing": "isolated"}
     together = run(tiny(text, **isolated, block_schedule="sequential"), tmp_path / "together")

@@ -16,6 +16,7 @@ from dblocks_jax.modes.export import model_card
 from dblocks_jax.modes.load import Trained
 from dblocks_jax.modes.sample import find_classes, sample
 from dblocks_jax.pages import charts
+from dblocks_jax.pages.findings import DataShown
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.errors import UserError, brief
 from dblocks_jax.run.naming import shown, shown_lines, split_names
@@ -62,13 +63,10 @@ def test_a_chart_shows_names_escaped():
 def test_a_page_shows_names_escaped():
     values = {
         "name": EVIL,
-        "dataset": Card((EVIL, "b"), (8, 8, 1), (0.5,), (0.5,)),
-        "about_images": "",
-        "counts": {"train": [1, 1]},
-        "samples": {EVIL: ["data:,"]},
+        "data": DataShown("", {"train": {"images": 2}}, {}, {EVIL: ["data:,"]}, 0, ""),
         "table": "two\nlines",
         "parameters": {"model": 1},
-        "noise_ranges": {},
+        "shares": {},
         "charts": {},
         "length": SimpleNamespace(steps=1, steps_per_epoch=1),
     }

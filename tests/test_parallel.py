@@ -59,11 +59,12 @@ def run(config, workdir: Path) -> dict:
     return train(config, workdir, command=["launch.py"], overrides={})
 
 
-def test_several_devices():
+@pytest.mark.parametrize("which", ["not long", pytest.param("long", marks=pytest.mark.long)])
+def test_several_devices(which):
     """Run the tests below that need them."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=6"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "on_several", "-n0"], cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "pytest", __file__, "-k", "on_several", "-m", which, "-n0"], cwd=Path(__file__).parents[1],
         env=os.environ | {"XLA_FLAGS": flags}, check=False, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -301,7 +302,7 @@ def masking() -> Task:
 
 @several
 # Where a gradient is nearly zero AdamW makes of its rounding a step of the size of the learning rate: masks give many.
-@pytest.mark.parametrize(("make", "lr"), [(generating, 1e-2), (masking, 1e-3)])
+@pytest.mark.parametrize(("make", "lr"), [(generating, 1e-2), pytest.param(masking, 1e-3, marks=pytest.mark.long)])
 def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(make, lr):
     """Isolated blocks, with averages, each on two devices that share its batch: as each alone on one."""
     task = make()

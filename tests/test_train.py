@@ -58,6 +58,7 @@ def kill_at(monkeypatch, step: int):
     monkeypatch.setattr(trainer, "make_step", make)
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
     config = tiny(dblock_digits)
     result = run(config, tmp_path / "whole")
