@@ -59,7 +59,9 @@ def settings(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
             (f"{n}steps", _with(config, max_steps=n * config.num_blocks, num_epochs=MANY))
             for n in map(int, STEPS.value)
         ]
-    return [(str(n), _with(config, num_epochs=n, max_steps=0)) for n in map(int, EPOCHS.value or [config.num_epochs])]
+    max_steps = 0 if EPOCHS.value else config.max_steps
+    epochs = map(int, EPOCHS.value or [config.num_epochs])
+    return [(str(n), _with(config, num_epochs=n, max_steps=max_steps)) for n in epochs]
 
 
 def _with(config: ConfigDict, **fields: int) -> ConfigDict:

@@ -1,8 +1,8 @@
 """DiffusionBlocks of masked diffusion on the grey levels of scikit-learn's digits: bits per dimension, no download.
 
 COMMAND: python launch.py --config=configs/mask_digits.py
-TIME: T2
-ACCURACY: A2
+TIME: not measured by us.
+ACCURACY: not measured by us. Digits have 17 grey levels of the 256 symbols, so knowing that alone takes 8 bits to 4.1.
 """
 
 from configs import mask

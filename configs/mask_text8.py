@@ -3,8 +3,8 @@
 Where the paper is silent, as MD4 trains it: cosine to 0, averages of 0.9999.
 
 COMMAND: python launch.py --config=configs/mask_text8.py
-TIME: T5
-ACCURACY: A5
+TIME: not measured by us.
+ACCURACY: not measured by us; the paper: 1.45 bits per character, plain masked diffusion 1.56.
 """
 
 from configs import mask

@@ -1,8 +1,8 @@
 """DiffusionBlocks on a small decoder that writes as presidents do: no download.
 
 COMMAND: python launch.py --config=configs/next_text.py
-TIME: T3
-ACCURACY: A3
+TIME: 7 minutes on 2 CPU cores, nothing compiled before.
+ACCURACY: 2.478 bits per character, by the first block (one run).
 """
 
 from configs import next_token

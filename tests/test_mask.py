@@ -57,7 +57,7 @@ def chunks(count, length=LENGTH, seed=0):
 def test_a_model_that_knows_nothing_needs_log2_27_bits(num_blocks):
     """In every draw, not on the average alone. A fresh model's head is zero: it answers uniformly."""
     task, blueprint, params = make(num_blocks=num_blocks)
-    found = make_bound(task.config, task.corruption, blueprint)(params, chunks(30), 3, lambda: None)
+    found = make_bound(task.config, task.corruption, blueprint, 27)(params, chunks(30), 3, lambda: None)
     assert found["bits"] == pytest.approx(math.log2(27), abs=1e-6)
     assert found["bits_by_block"] == pytest.approx([math.log2(27)] * num_blocks, abs=1e-6)
     assert found["bits_error"] < 1e-6
@@ -84,7 +84,7 @@ def test_the_bound_is_the_sum_over_all_sets_of_hidden_tokens():
     task, blueprint, params = make(shake=1.5)
     tokens = np.array([3, 0, 26, 11], np.int32)
     data = Chunks({"tokens": np.tile(tokens.astype(np.uint8), (200, 1))})
-    found = make_bound(task.config, task.corruption, blueprint)(params, data, 8, lambda: None)
+    found = make_bound(task.config, task.corruption, blueprint, 27)(params, data, 8, lambda: None)
     exact = exact_bits(task, blueprint, params, tokens)
     assert abs(exact - math.log2(27)) > 0.3  # else it would tell nothing
     assert abs(found["bits"] - exact) < 4 * found["bits_error"] < 0.2
@@ -92,7 +92,7 @@ def test_the_bound_is_the_sum_over_all_sets_of_hidden_tokens():
 
 def test_blocks_make_the_whole():
     task, blueprint, params = make(num_blocks=2, shake=1.5)
-    found = make_bound(task.config, task.corruption, blueprint)(params, chunks(40), 4, lambda: None)
+    found = make_bound(task.config, task.corruption, blueprint, 27)(params, chunks(40), 4, lambda: None)
     owned = [sum(hidden_of_draw(draw, 40, LENGTH).sum(axis=1) > 2) for draw in range(4)]  # by block 0
     share = sum(owned) / 160
     first, second = found["bits_by_block"]

@@ -56,3 +56,11 @@ def test_tokens_are_hidden_one_by_one():
 def test_the_samplers_levels_go_down_evenly_to_nothing():
     levels = Masking(3, 0.05).levels(6, start=0.5)
     np.testing.assert_allclose(levels, [3 / 6, 5 / 12, 4 / 12, 3 / 12, 2 / 12, 1 / 12])
+
+
+@pytest.mark.parametrize(("num_blocks", "count"), [(3, 3), (3, 6), (3, 48), (3, 129), (6, 6), (6, 36), (7, 49)])
+def test_blocks_share_the_samplers_steps_evenly(num_blocks, count):
+    """Where the blocks divide the steps, levels lie on edges: none may fall to the block above."""
+    masking = Masking(num_blocks, 0.05)
+    owners = masking.owners(masking.levels(count))
+    assert owners == sorted(owners) and np.bincount(owners).tolist() == [count // num_blocks] * num_blocks

@@ -67,6 +67,7 @@ def test_a_page_shows_names_escaped():
         "table": "two\nlines",
         "parameters": {"model": 1},
         "shares": {},
+        "one_example": "one image",
         "charts": {},
         "length": SimpleNamespace(steps=1, steps_per_epoch=1),
     }

@@ -64,7 +64,8 @@ def test_several_devices(which):
     """Run the tests below that need them."""
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=6"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "on_several", "-m", which, "-n0"], cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "pytest", __file__, "-k", "on_several", "-m", which, "-n0"],
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"XLA_FLAGS": flags}, check=False, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -36,7 +36,7 @@ SPELLED = _spelled()
 
 
 def learn_bpe(text: str, size: int) -> str:
-    """The JSON of a tokenizer of `size` pieces, learned on a text; the same for the same text.
+    """Pieces and merges of a tokenizer of `size` pieces, as its JSON has them; the same for the same text.
 
     Raises:
       UserError: the size is not one that this text gives, or `tokenizers` is not installed.
@@ -52,7 +52,9 @@ def learn_bpe(text: str, size: int) -> str:
     found = tokenizer.get_vocab_size()
     if found < size:
         raise UserError(f"the training text gives {found} pieces only: set vocab_size to {found} or less, not {size}")
-    return tokenizer.to_str()
+    vocab, merges = _parse(tokenizer.to_str())
+    # Only what is read back is kept: another version of the library may write more, and mean the same.
+    return json.dumps({"model": {"vocab": vocab, "merges": merges}}, ensure_ascii=False)
 
 
 def encode_bpe(bpe: str, text: str) -> Iterator[Int32[np.ndarray, " n"]]:

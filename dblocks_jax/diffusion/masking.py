@@ -52,7 +52,7 @@ class Masking:
 
     def levels(self, count: int, start: float = 1.0) -> Float[np.ndarray, " {count}"]:
         """Those of a sampler, descending evenly from `start`; after the last nothing is hidden: float64 [count]."""
-        return start * (1 - np.arange(count) / count)
+        return start * (np.arange(count, 0, -1) / count)  # so divided, levels on an edge are the edge to the last bit
 
     def owners(self, levels: Float[np.ndarray, " n"]) -> list[int]:
         """The block of each level."""

@@ -12,19 +12,26 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.data.images import telling
 from dblocks_jax.modes.load import Trained, load_run, only
+from dblocks_jax.modes.sample import FOLDER
 from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, write_texts
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
-from dblocks_jax.tasks.text_scores import text_scores
+from dblocks_jax.tasks.text_scores import known_words, text_scores
 from dblocks_jax.training.config import arithmetic
 
 PROMPT_SHARE = 4  # of what a model sees one part in so many is given, where texts are made to be scored
 
 
 def write_on(trained: Trained, prompts: Int[np.ndarray, "n t"], count: int) -> Int[np.ndarray, "n count"]:
-    """`count` tokens after each prompt. Progress is told. A text is a function of the seed, its number and prompt."""
+    """`count` tokens after each prompt. Progress is told.
+
+    A text is a function of the seed, its number and prompt.
+
+    Raises:
+      Diverged: the model's answers are not finite.
+    """
     config = trained.config
     write = make_writer(config, trained.blueprint)
     size = min(config.eval_batch_size, len(prompts))
@@ -34,15 +41,19 @@ def write_on(trained: Trained, prompts: Int[np.ndarray, "n t"], count: int) -> I
         numbers = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # the last fills the last batch
         samples = jax.numpy.asarray(numbers, "int32")
         with arithmetic(config):
-            tokens = [token for token, _ in write(trained.params, jax.numpy.asarray(prompts[numbers]), count, samples)]
-        made.append(np.stack(jax.device_get(tokens), axis=1)[: len(prompts) - start])
+            written = list(write(trained.params, jax.numpy.asarray(prompts[numbers]), count, samples))
+        if not np.isfinite(jax.device_get([logits.max() for _, logits in written])).all():
+            raise Diverged(NOT_FINITE)
+        made.append(np.stack(jax.device_get([token for token, _ in written]), axis=1)[: len(prompts) - start])
     return np.concatenate(made)
 
 
 def continue_text(
     config: ConfigDict, workdir: Path, *, text: str | None, count: int, overrides: dict[str, Any], checkpoint: str
 ) -> dict[str, Any]:
-    """Go on from `text`, or from nothing but a space, `count` times, to the length that the model was trained on.
+    """Go on from `text` `count` times, to the length that the model was trained on.
+
+    Without it from nothing but a space, or the first symbol of a vocabulary that has none.
 
     Raises:
       UserError: there is no such run, the text does not fit, or the number is none.
@@ -52,7 +63,8 @@ def continue_text(
         raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     card = only(NEXT_TOKEN, trained, workdir).card
-    prompt = card.vocabulary.encode(" " if text is None else text)
+    blank = " " if " " in card.vocabulary.symbols or card.vocabulary.kind == "bpe" else card.vocabulary.symbols[0]
+    prompt = card.vocabulary.encode(blank if text is None else text)
     if not len(prompt):
         raise UserError("--text is empty: leave it out, or write what is to be gone on from")
     if len(prompt) >= card.length:
@@ -62,9 +74,9 @@ def continue_text(
     made = write_on(trained, np.tile(prompt, (count, 1)), card.length - len(prompt))
     texts = [card.vocabulary.decode(np.concatenate([prompt, row])) for row in made]
     print("\n".join(shown(each) for each in texts[:STAGES]))
-    write_texts(workdir / TEXTS, texts)
+    write_texts(workdir / FOLDER / TEXTS, texts)
     about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
-    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
+    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
 
 
 def score_continuations(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
@@ -89,7 +101,7 @@ def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict
     for beginning, text in texts[:STAGES]:
         logging.info("%s | %s", shown(beginning), shown(text))
     write_texts(workdir / TEXTS, ["".join(each) for each in texts])
-    known = decode(data.split("train").tokens).split()
+    known = known_words(data.split("train").tokens, decode)
     figures = text_scores([text for _, text in texts], _decoded(decode, real[:, given:]), known)
     return {"num_samples": len(real)} | figures, texts
 

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.data.source import Data
 from dblocks_jax.modes.load import Trained, load_run
-from dblocks_jax.modes.made import score_made
+from dblocks_jax.modes.made import MAKES, score_made
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.run.processes import check_alike, first_process_first
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.processes import are_several, check_alike, first_process_first
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
 
@@ -30,6 +31,8 @@ def evaluate_run(
         from dblocks_jax.modes import usefulness
 
         usefulness.check_trains_on_samples(trained.entry, trained.config)
+    if are_several() and trained.entry.name in MAKES and trained.config.score_samples:
+        raise UserError("samples are scored by one process: set score_samples=0, or leave out --distributed")
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)
@@ -49,7 +52,7 @@ def evaluate_run(
 def how_scored(trained: Trained) -> dict[str, Any]:
     """On what, and with which of the fields that evaluation may choose."""
     config = trained.config
-    is_sampled = trained.task.corruption is not None
+    is_sampled = trained.task.corruption is not None or trained.entry.name in MAKES
     return {
         "data_dir": config.data_dir,
         "arithmetic": {field: config[field] for field in ARITHMETIC_FIELDS},

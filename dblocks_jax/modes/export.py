@@ -22,6 +22,7 @@ from dblocks_jax.modes.load import (
     load_run,
     parameter_names,
 )
+from dblocks_jax.modes.made import MAKES
 from dblocks_jax.pages.template import render
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.errors import NOT_FINITE, Diverged
@@ -151,7 +152,8 @@ def largest_difference(trained: Trained, folder: Path) -> float:
 
 def on_record(workdir: Path, trained: Trained) -> dict[str, Any]:
     """The scores on the test split that are on record for a checkpoint, answering as `trained` does; or nothing."""
-    fields = ARITHMETIC_FIELDS + (trained.entry.sampler_fields if trained.task.corruption is not None else ())
+    is_sampled = trained.task.corruption is not None or trained.entry.name in MAKES
+    fields = ARITHMETIC_FIELDS + (trained.entry.sampler_fields if is_sampled else ())
     of_run = read_saved(workdir, CONFIG) or {}
     for name in ("train.json", "eval.json"):
         result = read_result(workdir, name) or {}

@@ -95,9 +95,8 @@ def score(trained: Trained, template: Template) -> dict[str, Any]:
     bits, error = bits_of_text(template, task.corruption, trained.blueprint, trained.params, config.bound_draws)
     if not math.isfinite(bits):
         raise Diverged(NOT_FINITE)
-    print(
-        f"<= {bits / characters:.4f} ± {error / characters:.4f} bits per character: {shown(vocabulary.decode(tokens))}"
-    )
+    spread = "" if math.isnan(error) else f" ± {error / characters:.4f}"
+    print(f"<= {bits / characters:.4f}{spread} bits per character: {shown(vocabulary.decode(tokens))}")
     return {
         "text": vocabulary.decode(tokens), "characters": characters, "bits": bits / characters,
         "bits_error": error / characters,

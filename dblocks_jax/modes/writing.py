@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.images import telling
 from dblocks_jax.data.pixels import PixelCard
 from dblocks_jax.modes.load import Trained, load_run, only
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.modes.sample import FOLDER
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.tasks.generate.pictures import write_grid
 from dblocks_jax.tasks.mask.report import Made
@@ -20,7 +21,7 @@ from dblocks_jax.tasks.mask.sampler import make_sampler
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import Stage, Template, all_hidden, kept_steps, read_template, show
 from dblocks_jax.tasks.text import TextCard
-from dblocks_jax.tasks.text_scores import text_scores
+from dblocks_jax.tasks.text_scores import known_words, text_scores
 from dblocks_jax.training.config import arithmetic
 
 TEXTS, PICTURE = "samples.txt", "samples.png"
@@ -41,6 +42,9 @@ def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[S
     A stage is what a block left to the next, and some between, so that each token's block is known.
 
     The same seed gives the same texts, in batches of one size.
+
+    Raises:
+      Diverged: the model's answers are not finite.
     """
     config = trained.config
     sampler = make_sampler(config, trained.blueprint)
@@ -49,17 +53,18 @@ def uncover(trained: Trained, template: Template, count: int) -> Iterator[list[S
     kept = set(np.linspace(0, config.num_inference_steps - 1, STAGES).astype(int).tolist())
     for start in telling(starts, total=count, each=size, doing="making %s texts"):
         tokens, is_hidden = (np.broadcast_to(each, (size, len(each))) for each in template[:2])
-        seed = config.seed + start
         with arithmetic(config):
-            steps = kept_steps(sampler(trained.params, tokens, is_hidden, seed), kept)
+            steps = kept_steps(sampler(trained.params, tokens, is_hidden, start), kept)
             stages = [Stage(*jax.device_get(step)) for step in steps]
+        if (stages[-1].tokens < 0).any():
+            raise Diverged(NOT_FINITE)
         yield [Stage(owner, *(each[: count - start] for each in state)) for owner, *state in stages]
 
 
 def sample_texts(
     config: ConfigDict, workdir: Path, *, text: str | None, count: int, overrides: dict[str, Any], checkpoint: str
 ) -> dict[str, Any]:
-    """Make `count` texts and write them into <workdir>/TEXTS, a line each; of a model of pixels a grid into PICTURE.
+    """Make `count` texts and write them to <workdir>/FOLDER/TEXTS, a line each; of a model of pixels a grid to PICTURE.
 
     `text` may give some of the symbols: see `read_template`.
 
@@ -75,16 +80,18 @@ def sample_texts(
     if isinstance(card, PixelCard):
         if text is not None:
             raise UserError(f"{workdir} was trained on images: it has no use for --text")
-        with saving(workdir / PICTURE):
-            write_grid(workdir / PICTURE, make_images(trained, count))
-        return about | {"num_images": count, "picture": str(workdir / PICTURE)}
+        images, path = make_images(trained, count), workdir / FOLDER / PICTURE
+        with saving(path):
+            path.parent.mkdir(exist_ok=True)
+            write_grid(path, images)
+        return about | {"num_images": count, "picture": str(path)}
     template = all_hidden(card) if text is None else read_template(text, card)
     batches = list(uncover(trained, template, count))
     for stage in batches[0]:
         print(f"block {stage.block}: {show(stage.tokens[0], stage.is_hidden[0], card)}")
     texts = texts_of(batches, template, card)
-    write_texts(workdir / TEXTS, texts)
-    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / TEXTS)}
+    write_texts(workdir / FOLDER / TEXTS, texts)
+    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
 
 
 def make_images(trained: Trained, count: int) -> np.ndarray:
@@ -110,6 +117,7 @@ def texts_of(batches: Iterable[list[Stage]], template: Template, card: TextCard)
 def write_texts(path: Path, texts: list[str]) -> None:
     """A line each; line breaks within are spaces."""
     with saving(path):
+        path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(" ".join(text.splitlines()) + "\n" for text in texts).encode())
 
 
@@ -137,6 +145,6 @@ def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     write_texts(workdir / TEXTS, texts)
     test = data.split("test")
     real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]
-    known = decode(data.split("train").tokens).split()
+    known = known_words(data.split("train").tokens, decode)
     first = [Stage(block, *(each[:1] for each in state)) for block, *state in batches[0]]
     return Scored({"num_samples": count} | text_scores(texts, real, known), Made(first, texts, None))

@@ -21,6 +21,7 @@ __all__ = [
 TYPES = {int: ("text_length", "vocab_size"), float: ("val_fraction",), str: ("dataset", "data_dir", "vocabulary")}
 CHOICES = {"vocabulary": ("letters", "characters", "bpe")}
 POSITIVE = ("text_length", "vocab_size")
+LOGITS_BYTES = 2**29
 LARGEST = {"text_length": 2**16, "vocab_size": 2**17}
 
 
@@ -91,6 +92,11 @@ def crop(key: Key[Array, ""], tokens: Integer[Array, "b m"], length: int) -> Int
     starts = jax.random.randint(key, tokens.shape[:1], 0, tokens.shape[1] - length + 1)
     cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=length)
     return jax.vmap(cut)(tokens, starts).astype("int32")
+
+
+def scored_at_once(config: ConfigDict, length: int, symbols: int) -> int:
+    """Sequences of a batch that is scored: `eval_batch_size`, or as many as have LOGITS_BYTES of logits."""
+    return max(1, min(config.eval_batch_size, LOGITS_BYTES // (4 * length * symbols)))
 
 
 def weights_of_transformer(config: ConfigDict) -> int:

@@ -39,6 +39,8 @@ def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str,
             config = ConfigDict({**setting.config.to_dict(), **SINCE, **about["config"]})
             if config.task != setting.config.task:
                 raise UserError(f"begin_from: {source} is of the task {config.task}, not of {setting.config.task}")
+            if about["data"].get("vocabulary") != setting.card.get("vocabulary"):
+                raise UserError(f"begin_from: {source} has another vocabulary: its embeddings are of other symbols")
             check_config(setting.entry, config)
             task = setting.entry.make(config, setting.entry.card(about["data"]))
             smaller = fresh_parts(setting.entry, config, task)

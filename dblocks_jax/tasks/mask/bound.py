@@ -14,6 +14,7 @@ from dblocks_jax.diffusion.masking import Masking
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.tasks.mask.denoiser import hidden_cross_entropy
+from dblocks_jax.tasks.text import scored_at_once
 
 # (parameters by part, split, number of draws, what to call at each batch) -> figures by name
 Bound = Callable[[dict[str, Params], Any, int, Callable[[], None]], dict[str, Any]]
@@ -27,7 +28,7 @@ def hidden_of_draw(draw: int, count: int, length: int) -> Bool[np.ndarray, "{cou
     return rng.permuted(np.arange(length) < numbers[:, None], axis=1)
 
 
-def make_bound(config: ConfigDict, corruption: Masking, blueprint: Blueprint) -> Bound:
+def make_bound(config: ConfigDict, corruption: Masking, blueprint: Blueprint, symbols: int) -> Bound:
     """Build the function that estimates {"bits", "bits_error", "bits_by_block", "num_sequences"} of a split.
 
     In continuous time the bound is the integral over t of E[sum of the hidden tokens' costs] / t, where each token is
@@ -49,16 +50,17 @@ def make_bound(config: ConfigDict, corruption: Masking, blueprint: Blueprint) ->
 
     def run(params: dict[str, Params], source: Any, draws: int, at_each_batch: Callable[[], None]) -> dict[str, Any]:
         count, length = len(source), source.take(np.arange(1))["tokens"].shape[1]
-        size = min(config.eval_batch_size, -(-count // corruption.num_blocks))
+        size = min(scored_at_once(config, length, symbols), -(-count // corruption.num_blocks))
         sums = np.zeros((draws, corruption.num_blocks))
         counts = np.zeros_like(sums)
         for draw in range(draws):
             is_hidden = hidden_of_draw(draw, count, length)
-            pending = []
+            pending, before = [], None
             for block, places in batches_by_block(corruption.owners(is_hidden.sum(axis=1) / length), size):
                 at_each_batch()
                 padded = np.resize(places, size)  # all batches have one shape
-                together = tuple(to_device(params[name]) for name in blueprint.names(block))
+                if block != before:  # where blocks wait on the host, each comes once
+                    together, before = tuple(to_device(params[name]) for name in blueprint.names(block)), block
                 costs = costs_of(together, source.take(padded)["tokens"], is_hidden[padded])
                 pending.append((block, len(places), costs))
             for block, real, costs in pending:

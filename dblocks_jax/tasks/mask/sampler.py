@@ -14,8 +14,8 @@ from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.mask.config import corruption
 
-# (parameters by part, tokens, which of them are hidden, seed) -> after each level who uncovered, the tokens, and which
-# are hidden still
+# (parameters by part, tokens, which of them are hidden, number of the first text) -> after each level who uncovered,
+# the tokens, and which are hidden still
 Sampler = Callable[..., Iterator[tuple[int, Int[Array, "b t"], Bool[Array, "b t"]]]]
 
 
@@ -29,11 +29,13 @@ def uncover(
 ) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
     """Each hidden token is drawn from its logits with probability `share`, and stays hidden otherwise.
 
-    That is the reverse process from t to s for share = (alpha(s) - alpha(t)) / (1 - alpha(t)) = (t - s) / t.
+    That is the reverse process from t to s for share = (alpha(s) - alpha(t)) / (1 - alpha(t)) = (t - s) / t. Of logits
+    that are not finite comes -1.
     """
     key_when, key_what = jax.random.split(key)
     is_due = is_hidden & (jax.random.uniform(key_when, tokens.shape) < share)
     drawn = jax.random.categorical(key_what, logits / temperature).astype(tokens.dtype)
+    drawn = jnp.where(jnp.isfinite(logits).all(axis=-1), drawn, -1)
     return jnp.where(is_due, drawn, tokens), is_hidden & ~is_due
 
 
@@ -52,7 +54,7 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint) -> Sampler:
         return uncover(logits, tokens, is_hidden, share, config.temperature, key)
 
     def sample(
-        params, tokens: Int[np.ndarray, "b t"], is_hidden: Bool[np.ndarray, "b t"], seed: int
+        params, tokens: Int[np.ndarray, "b t"], is_hidden: Bool[np.ndarray, "b t"], first: int
     ) -> Iterator[tuple[int, Array, Array]]:
         levels = masking.levels(config.num_inference_steps, start=float(is_hidden.mean()))
         nexts = [*levels[1:], 0.0]
@@ -62,7 +64,9 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint) -> Sampler:
                 jax.block_until_ready(state)  # else blocks that wait on the host would pile up on the device
             together = tuple(to_device(params[name]) for name in blueprint.names(owner))
             share = np.float32(2 if following == 0 else (level - following) / level)  # in the end all, beyond doubt
-            state = step(together, *state, np.float32(level), share, stream(seed, "uncover", i))
+            state = step(
+                together, *state, np.float32(level), share, jax.random.fold_in(stream(config.seed, "uncover", i), first)
+            )
             yield owner, *state
 
     return sample

@@ -48,7 +48,9 @@ class Mask:
 
     def batch_shapes(self, count: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Symbols."""
-        return {"tokens": jax.ShapeDtypeStruct((count, self.card.length), np.uint8)}
+        if isinstance(self.card, PixelCard):
+            return {"tokens": jax.ShapeDtypeStruct((count, self.card.length), np.uint8)}
+        return {"tokens": jax.ShapeDtypeStruct((count, 2 * self.card.length - 1), self.card.vocabulary.dtype)}
 
     def prepare(self, key: Key[Array, ""], batch: dict[str, Array]) -> Int[Array, "b t"]:
         """A window of `length` tokens of each example, at any place alike."""
@@ -65,7 +67,7 @@ class Mask:
     def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
         """The bound on the bits of a symbol of held-out data."""
         del mesh
-        bound = make_bound(self.config, self.corruption, blueprint)
+        bound = make_bound(self.config, self.corruption, blueprint, len(self.card.vocabulary))
 
         def run(params: dict[str, Params], data: Any, split: str, at_each_batch: Callable[[], None]) -> dict[str, Any]:
             draws = self.config.bound_draws if split == "test" else 1  # enough to choose a checkpoint by

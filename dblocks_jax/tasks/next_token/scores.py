@@ -15,7 +15,7 @@ from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.next_token.denoiser import denoise
 from dblocks_jax.tasks.next_token.objective import token_cross_entropy
-from dblocks_jax.tasks.text import TextCard
+from dblocks_jax.tasks.text import TextCard, scored_at_once
 
 Score = Callable[[dict[str, Params], Any, Callable[[], None]], dict[str, Any]]
 
@@ -27,8 +27,8 @@ def make_logits(config: ConfigDict, blueprint: Blueprint) -> Callable[..., Float
 
     Of the plain model its own. Of blocks those of the first one, asked where the sampler starts: at sigma_max, with
     z = sigma_max * eps, in which there is nothing of the token. That is the probability of the next token as far as
-    blocks have one: what the others make of a draw from it has none that could be told. The noise is a function of
-    `positions`, the number of each sequence.
+    blocks have one: what the others make of a draw from it has none that could be told.
+    `init_noise_scale` is not looked at. The noise is a function of `positions`, the number of each sequence.
     """
 
     def logits_of(together, tokens: Int[Array, "b t"], positions: Int[Array, " b"]) -> Float[Array, "b n v"]:
@@ -58,7 +58,7 @@ def make_score(config: ConfigDict, blueprint: Blueprint, card: TextCard) -> Scor
 
     def run(params: dict[str, Params], source: Any, at_each_batch: Callable[[], None]) -> dict[str, Any]:
         count = len(source)
-        size = min(config.eval_batch_size, count)
+        size = min(scored_at_once(config, card.length, len(card.vocabulary)), count)
         together = tuple(to_device(params[name]) for name in blueprint.names(0))
         nats, characters = [], 0
         for start in range(0, count, size):
