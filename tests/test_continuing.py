@@ -26,7 +26,7 @@ from dblocks_jax.run.workdir import finish
 TINY = {
     "dataset": "text_file", "text_length": 8, "num_layers": 2, "num_blocks": 2, "hidden_size": 8, "num_heads": 2,
     "intermediate_size": 16, "batch_size": 100, "num_epochs": 1, "lr": 1e-2, "log_every_n_steps": 1,
-    "save_every_n_epochs": 1, "score_samples": 10, "grow_at": (0.5,), "temperature": 0.0,
+    "save_every_n_epochs": 1, "score_samples": 10, "temperature": 0.0,
 }  # fmt: skip
 ANSWER = {"overrides": {}, "checkpoint": "best"}
 

@@ -40,7 +40,7 @@ assert not any(name.startswith(("dblocks_jax", "flax", "orbax")) for name in sys
 """
 
 
-@pytest.fixture(scope="module", params=["isolated", "vit"])
+@pytest.fixture(scope="module", params=[pytest.param("isolated", marks=pytest.mark.long), "vit"])
 def exported(request, tmp_path_factory):
     config = (vit_digits if request.param == "vit" else dblock_digits).get_config()
     config.update(TINY)

@@ -123,7 +123,11 @@ class Grown:
     divided: list[tuple[dict[str, Part], dict[str, Part]]] = field(default_factory=list)  # (before, after)
 
 
-@pytest.fixture(scope="module", params=[("random", "shared"), ("chunked", "isolated")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[("random", "shared"), pytest.param(("chunked", "isolated"), marks=pytest.mark.long)],
+    ids="-".join,
+)
 def grown(request, tmp_path_factory, steps) -> Grown:
     block_schedule, sharing = request.param
     config = tiny(**GROWING, block_schedule=block_schedule, sharing=sharing)
@@ -420,6 +424,7 @@ def test_a_run_of_another_task_or_number_of_blocks_is_one_line(source, tmp_path)
     assert begun(tmp_path / "new", begin_from=two, num_blocks=4, num_layers=4).keys() >= {"block_3"}
 
 
+@pytest.mark.long
 def test_blocks_that_begin_as_one_run_and_train_apart_are_those_trained_together(source, tmp_path):
     """On machines that never meet; and a run that is cut goes on though the one it began as is gone."""
     origin = tmp_path / "origin"

@@ -218,6 +218,7 @@ def test_an_evaluation_that_was_abandoned_is_made_up_for(tmp_path):
     assert [line["split"] for line in scored(tmp_path / "whole")].count("val") == 4
 
 
+@pytest.mark.long
 def test_a_data_error_keeps_what_was_trained(tmp_path, monkeypatch):
     """An image that becomes unreadable under a running job: the steps before it are not lost."""
     expected = run(tiny(), tmp_path / "whole")

@@ -110,6 +110,7 @@ def test_clock(seconds, text):
     assert clock(seconds) == text
 
 
+@pytest.mark.long
 def test_a_terminal_shows_the_blocks_and_gets_its_cursor_back(tmp_path):
     """One run in a terminal: a live display there, the same figures in all three logs, no secret in any."""
     pytest.importorskip("wandb")

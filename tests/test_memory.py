@@ -44,6 +44,7 @@ def test_parameters_and_moments_are_counted_exactly(rows):
         assert rows[name]["idle"] == 0
 
 
+@pytest.mark.long
 def test_averages_are_one_more_copy_of_the_parameters_where_they_are_kept():
     config = dit_digits.get_config()
     config.update(num_layers=2, num_blocks=2, grow_at=(), hidden_size=12, num_heads=2, intermediate_size=16)

@@ -73,7 +73,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture(scope="module", params=[dblock_digits, vit_digits], ids=["dblock", "vit"])
+@pytest.fixture(
+    scope="module", params=[dblock_digits, pytest.param(vit_digits, marks=pytest.mark.long)], ids=["dblock", "vit"]
+)
 def run(request, tmp_path_factory):
     config = request.param.get_config()
     config.update(TINY)

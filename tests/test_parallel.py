@@ -102,12 +102,14 @@ def test_a_part_alone_is_not_scored(apart):
         evaluate_run(tiny(), apart[1], overrides={"train_blocks": (1,)}, checkpoint="best")
 
 
+@pytest.mark.long
 def test_one_block_beside_nobody_is_that_block(tmp_path):
     one = {"num_blocks": 1, "num_layers": 1, "sharing": "shared"}
     alone, parallel = (run(tiny(**one, block_parallel=p), tmp_path / str(p)) for p in (False, True))
     assert parallel["cross_entropy"] == pytest.approx(alone["cross_entropy"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_blocks_resting_on_the_host_end_in_the_same_bits(tmp_path):
     for where in ("device", "host"):
         run(tiny(sharing="shared", block_schedule="chunked", chunk_steps=1, idle_blocks=where), tmp_path / where)
@@ -238,6 +240,7 @@ def test_isolated_blocks_side_by_side_are_those_in_turn_on_several():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 @several
 def test_blocks_that_share_say_only_that_on_several():
     """The shared part moves by the mean of the blocks' clipped gradients; the blocks as they would alone."""
@@ -268,6 +271,7 @@ def test_blocks_that_share_say_only_that_on_several():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.long
 @several
 def test_a_run_side_by_side_is_the_run_in_turn_on_several(tmp_path):
     """Whole runs of isolated blocks, with data on the device and a checkpoint: in turn, and all at once."""
@@ -303,7 +307,8 @@ def masking() -> Task:
 
 @several
 # Where a gradient is nearly zero AdamW makes of its rounding a step of the size of the learning rate: masks give many.
-@pytest.mark.parametrize(("make", "lr"), [(generating, 1e-2), pytest.param(masking, 1e-3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("make", "lr"), [(generating, 1e-2), (masking, 1e-3)])
 def test_blocks_that_generate_are_side_by_side_what_they_are_in_turn_on_several(make, lr):
     """Isolated blocks, with averages, each on two devices that share its batch: as each alone on one."""
     task = make()

@@ -44,6 +44,7 @@ def test_nothing_that_could_run_what_it_loads_is_used():
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, (path, node.lineno)
 
 
+@pytest.mark.long
 def test_secrets_of_the_environment_reach_neither_files_nor_output(tmp_path):
     secrets = {"WANDB_API_KEY": "s3cret-of-wandb", "HF_TOKEN": "s3cret-of-hf", "AWS_SECRET_ACCESS_KEY": "s3cret-of-aws"}
     done = finish(*command(tmp_path / "run", max_steps=2), **secrets)

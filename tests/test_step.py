@@ -124,7 +124,7 @@ def test_streams_differ_by_seed_name_and_step():
     assert len(set(draws.values())) == 8
 
 
-@pytest.mark.parametrize("model_type", ["vit", "dblock"])
+@pytest.mark.parametrize("model_type", [pytest.param("vit", marks=pytest.mark.long), "dblock"])
 def test_many_steps_in_one_call_are_the_same_steps(model_type):
     """Five steps by calls of five, of one and of three and two: the same metrics and the same bits."""
     images, labels = batch(6)

@@ -91,6 +91,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch):
     assert again["steps_run"] == 0 and again["top1"] == result["top1"]
 
 
+@pytest.mark.long
 def test_a_longer_run_under_a_constant_rate_is_the_same_run_continued(tmp_path):
     short = tiny(vit_digits, scheduler_type="constant_with_warmup")
     longer = tiny(vit_digits, scheduler_type="constant_with_warmup", num_epochs=4)
@@ -208,6 +209,7 @@ def write_folder(root: Path, classes: tuple[str, ...], count: int) -> None:
                 Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(root / split / name / f"{index}.png")
 
 
+@pytest.mark.long
 def test_other_images_under_the_same_config_are_refused(tmp_path):
     write_folder(tmp_path / "a", ("cat", "dog"), 4)
     write_folder(tmp_path / "b", ("cat", "eel"), 4)
