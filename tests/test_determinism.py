@@ -32,7 +32,9 @@ def expected(tmp_path_factory) -> dict[str, np.ndarray]:
     [
         {},
         {"log_every_n_steps": 1000, "save_every_n_epochs": 1000, "steps_per_call": 50},  # next to no logs or scores
-        {"eval_batch_size": 7, "max_bad_steps": 1, "postfix": "x", "idle_blocks": "host"},
+        pytest.param(
+            {"eval_batch_size": 7, "max_bad_steps": 1, "postfix": "x", "idle_blocks": "host"}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_every_bit_is_the_same(expected, tmp_path, changes):

@@ -92,6 +92,7 @@ def test_two_processes_train_as_one_and_take_turns_with_one(tmp_path):
     assert [len(start["devices"]) for start in starts] == [1, 2, 1]
 
 
+@pytest.mark.long
 def test_a_mistake_in_one_ends_both_with_one_line(tmp_path):
     both = launch_two(*FLAGS, f"--workdir={tmp_path / 'new'}", second=("--config.patch_size=3",))
     assert [done.returncode for done in both] == [1, 1]
@@ -128,6 +129,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path):
             assert values == pytest.approx(others[block], rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_signal_before_the_first_step_ends_both(tmp_path):
     with two_started(*FLAGS, f"--workdir={tmp_path / 'run'}", JAX_COMPILATION_CACHE_DIR="") as both:
         wait_until((tmp_path / "run" / "starts.jsonl").exists)

@@ -215,6 +215,7 @@ def test_images_that_are_not_finite_have_no_score(run, tmp_path):
         make_images(broken, np.zeros(1, np.int32), 1.0)
 
 
+@pytest.mark.long
 def test_a_classifier_learns_from_samples_what_they_show(run, monkeypatch):
     """Samples that are the training images are as good as these; from such that show one class it learns that class."""
     monkeypatch.setattr(judge, "STEPS", 12)

@@ -51,6 +51,7 @@ def start_import(config, workdir):
     return import_released(config, workdir, workdir / "last.ckpt", command=[], overrides={})
 
 
+@pytest.mark.long
 def test_an_imported_run_has_the_released_weights_and_is_scored(released, config, tmp_path, monkeypatch):
     monkeypatch.setattr(importing, "read_checkpoint", lambda source: released[0])
     result = start_import(config, tmp_path / "run")

@@ -332,6 +332,7 @@ def test_attentions_own_backward_pass(key):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_bfloat16_computes_the_same_within_its_digits(pool, key):
     """bfloat16 has 8 bits of mantissa. Parameters, gradients and what leaves the transformer stay float32."""

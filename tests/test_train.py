@@ -103,6 +103,7 @@ def test_a_longer_run_under_a_constant_rate_is_the_same_run_continued(tmp_path):
         np.testing.assert_array_equal(value, expected[path], err_msg=path)
 
 
+@pytest.mark.long
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path):
     config = tiny(dblock_digits, num_epochs=1)
     trained = run(config, tmp_path)
