@@ -472,7 +472,11 @@ def predict_one(config, workdir: Path, **more) -> dict:
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")
 @pytest.mark.parametrize(
     ("mode", "written"),
-    [(predict_one, "predictions.json"), (report, "report.html"), (export_run, "export")],
+    [
+        (predict_one, "predictions.json"),
+        pytest.param(report, "report.html", marks=pytest.mark.long),
+        pytest.param(export_run, "export", marks=pytest.mark.long),
+    ],
     ids=["predict", "report", "export"],
 )
 def test_a_mode_that_finds_no_room_says_so_and_leaves_what_was_there(finished, mode, written, capsys):

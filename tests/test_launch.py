@@ -61,6 +61,7 @@ def test_without_a_terminal_lines_are_plain_and_few(trained):
     assert f"step 6: test top1 {result['top1']:.4f}" in told.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_runs_are_compared_without_a_config(trained, tmp_path):
     done = launch("--mode=compare", f"--workdir={tmp_path}", "--runs", str(trained[0]), str(trained[0]))
     assert done.returncode == 0, done.stderr
@@ -78,6 +79,7 @@ def test_evaluation_of_a_finished_run(trained):
     assert json.loads((workdir / "eval.json").read_text()) == result
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     step = trained[1]["checkpoint"]
