@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Int
 Weighting = Literal["batch_mean", "per_sample", "none"]
 
 
-def cross_entropy(logits: Float[Array, "b c"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
-    """-log p(label), in nats, one for each sample."""
+def cross_entropy(logits: Float[Array, "*b c"], labels: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    """-log p(label), in nats, one for each sample, or for each token of a sample."""
     log_probs = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    return -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
 
 
 def weighted_loss(

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dblocks_jax.models.causal import attend_cached, causal_attend
+from dblocks_jax.models.conditioned import make_parts
 from dblocks_jax.models.dblock_vit import normalize_rows
 from dblocks_jax.models.dit import DiTModulation, DiTNoiseEmbedding
 from dblocks_jax.models.llama import Cache, LlamaArchitecture, LlamaAttention, LlamaMlp, with_slots
@@ -231,13 +232,14 @@ def make_dblock_llama(
 ) -> dict[str, nnx.Module]:
     """A freshly initialised model by parts; `num_layers` must be a multiple of `num_blocks`. Block 0 is the noisiest.
 
-    The parts are "shared", "block_0", "block_1", ...; `isolated` blocks share nothing, and the parts are "shared_0",
-    "block_0", "shared_1", "block_1", ...
+    See `make_parts`.
     """
-    parts: dict[str, nnx.Module] = {} if isolated else {"shared": DBlockLlamaShared(arch, head, rngs=rngs)}
-    for b in range(num_blocks):
-        if isolated:
-            parts[f"shared_{b}"] = DBlockLlamaShared(arch, head, rngs=rngs)
-        layers = [DBlockLlamaLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)]
-        parts[f"block_{b}"] = DBlockLlamaBlock(layers, remat=arch.gradient_checkpointing)
-    return parts
+    return make_parts(
+        num_blocks,
+        isolated=isolated,
+        shared=lambda: DBlockLlamaShared(arch, head, rngs=rngs),
+        block=lambda: DBlockLlamaBlock(
+            [DBlockLlamaLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)],
+            remat=arch.gradient_checkpointing,
+        ),
+    )

@@ -7,7 +7,6 @@ shift, scale and gate every branch, and all gates start at zero.
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dblocks_jax.models.chunks import mlp_by_chunks, self_attend
+from dblocks_jax.models.conditioned import ConditionedBlock, gated_branches, make_parts
 from dblocks_jax.models.layers import (
     MAX_PERIOD,
     NOISE_FEATURES,
@@ -23,7 +23,6 @@ from dblocks_jax.models.layers import (
 )
 from dblocks_jax.models.primitives import (
     DENSE_OUTPUT,
-    KEPT,
     Linear,
     init_weights,
     init_xavier,
@@ -165,35 +164,12 @@ class DiTLayer(nnx.Module):
         self.modulation = DiTModulation(arch.hidden_size, 6, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t d"]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
-        x = x + gate_a * self.attention(normalize_modulated(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(normalize_modulated(x, shift_m, scale_m))
-
-
-class DiTBlock(nnx.Module):
-    """Consecutive layers: what one DiffusionBlocks step trains; all layers in one block are the plain DiT.
-
-    With `remat` each layer keeps only its input for the backward pass and computes the rest again.
-    """
-
-    def __init__(self, layers: list[DiTLayer], *, remat: bool = False):
-        self.layers = nnx.List(layers)
-        self.remat = remat
-
-    def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t d"]:
-        def apply(layer: DiTLayer, x, cond):
-            return layer(x, cond)
-
-        apply = jax.checkpoint(apply, policy=None if self.remat else KEPT)
-        for layer in self.layers:
-            x = apply(layer, x, cond)
-        return x
+        return gated_branches(x, self.modulation(cond), self.attention, self.mlp)
 
 
 def run_block(
     shared: DiTShared,
-    block: DiTBlock,
+    block: ConditionedBlock,
     z_in: Float[Array, "b h w c"],
     c_noise: Float[Array, " b"],
     labels: Int[Array, " b"],
@@ -209,13 +185,13 @@ def run_block(
 def make_dit(arch: DiTArchitecture, num_blocks: int, *, isolated: bool, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
     """A freshly initialised model by parts; `num_layers` must be a multiple of `num_blocks`. Block 0 is the noisiest.
 
-    The parts are "shared", "block_0", "block_1", ...; `isolated` blocks share nothing, and the parts are "shared_0",
-    "block_0", "shared_1", "block_1", ...
+    See `make_parts`.
     """
-    parts: dict[str, nnx.Module] = {} if isolated else {"shared": DiTShared(arch, rngs=rngs)}
-    for b in range(num_blocks):
-        if isolated:
-            parts[f"shared_{b}"] = DiTShared(arch, rngs=rngs)
-        layers = [DiTLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)]
-        parts[f"block_{b}"] = DiTBlock(layers, remat=arch.gradient_checkpointing)
-    return parts
+    return make_parts(
+        num_blocks,
+        isolated=isolated,
+        shared=lambda: DiTShared(arch, rngs=rngs),
+        block=lambda: ConditionedBlock(
+            [DiTLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)], remat=arch.gradient_checkpointing
+        ),
+    )

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dblocks_jax.models.dit import DiTArchitecture, DiTBlock, DiTLayer, DiTShared, make_dit, sincos_positions
+from dblocks_jax.models.conditioned import ConditionedBlock
+from dblocks_jax.models.dit import DiTArchitecture, DiTLayer, DiTShared, make_dit, sincos_positions
 from dblocks_jax.models.reference import Entry, linear, load_entries, patch_weight, same, save_entries, take
 from dblocks_jax.run.errors import UserError
 
@@ -93,7 +94,7 @@ def _entries(parts: Mapping[str, nnx.Module]) -> Iterator[Entry]:
     yield same(LABELS, shared.labels)
     yield from linear("final_layer.adaLN_modulation.1", shared.modulation.linear)
     yield from linear("final_layer.linear", shared.head)
-    layers = [layer for block in blocks if isinstance(block, DiTBlock) for layer in block.layers]
+    layers = [layer for block in blocks if isinstance(block, ConditionedBlock) for layer in block.layers]
     for index, layer in enumerate(layers):
         yield from _layer(f"blocks.{index}", layer)
 

@@ -7,15 +7,15 @@ SEDD's and MDLM's diffusion transformers. Blocks each run alone between the part
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dblocks_jax.models.chunks import self_attend
+from dblocks_jax.models.conditioned import ConditionedBlock, gated_branches, make_parts
 from dblocks_jax.models.dit import DiTMlp
 from dblocks_jax.models.layers import NOISE_FEATURES, sinusoidal_features
-from dblocks_jax.models.primitives import KEPT, Linear, init_weights, init_zeros, normalize_modulated
+from dblocks_jax.models.primitives import Linear, init_weights, init_zeros, normalize_modulated
 from dblocks_jax.models.rotary import rotate
 
 CONDITION_SIZE = 128  # of the vector that tells a layer which share is hidden (MDLM)
@@ -107,35 +107,12 @@ class MaskedLayer(nnx.Module):
         self.modulation = LevelModulation(arch.hidden_size, 6, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b k"]) -> Float[Array, "b t d"]:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        gate_a, gate_m = gate_a[:, None].astype(x.dtype), gate_m[:, None].astype(x.dtype)
-        x = x + gate_a * self.attention(normalize_modulated(x, shift_a, scale_a))
-        return x + gate_m * self.mlp(normalize_modulated(x, shift_m, scale_m))
-
-
-class MaskedBlock(nnx.Module):
-    """Consecutive layers: what one DiffusionBlocks step trains; all layers in one block are the plain network.
-
-    With `remat` each layer keeps only its input for the backward pass and computes the rest again.
-    """
-
-    def __init__(self, layers: list[MaskedLayer], *, remat: bool = False):
-        self.layers = nnx.List(layers)
-        self.remat = remat
-
-    def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b k"]) -> Float[Array, "b t d"]:
-        def apply(layer: MaskedLayer, x, cond):
-            return layer(x, cond)
-
-        apply = jax.checkpoint(apply, policy=None if self.remat else KEPT)
-        for layer in self.layers:
-            x = apply(layer, x, cond)
-        return x
+        return gated_branches(x, self.modulation(cond), self.attention, self.mlp)
 
 
 def run_block(
     shared: MaskedShared,
-    block: MaskedBlock,
+    block: ConditionedBlock,
     tokens: Int[Array, "b t"],
     is_hidden: Bool[Array, "b t"],
     level: Float[Array, " b"],
@@ -152,13 +129,14 @@ def run_block(
 def make_masked(arch: MaskedArchitecture, num_blocks: int, *, isolated: bool, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
     """A freshly initialised model by parts; `num_layers` must be a multiple of `num_blocks`. Block 0 sees the least.
 
-    The parts are "shared", "block_0", "block_1", ...; `isolated` blocks share nothing, and the parts are "shared_0",
-    "block_0", "shared_1", "block_1", ...
+    See `make_parts`.
     """
-    parts: dict[str, nnx.Module] = {} if isolated else {"shared": MaskedShared(arch, rngs=rngs)}
-    for b in range(num_blocks):
-        if isolated:
-            parts[f"shared_{b}"] = MaskedShared(arch, rngs=rngs)
-        layers = [MaskedLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)]
-        parts[f"block_{b}"] = MaskedBlock(layers, remat=arch.gradient_checkpointing)
-    return parts
+    return make_parts(
+        num_blocks,
+        isolated=isolated,
+        shared=lambda: MaskedShared(arch, rngs=rngs),
+        block=lambda: ConditionedBlock(
+            [MaskedLayer(arch, rngs=rngs) for _ in range(arch.num_layers // num_blocks)],
+            remat=arch.gradient_checkpointing,
+        ),
+    )

@@ -5,13 +5,14 @@ from jaxtyping import Array, Float, Int
 
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
 from dblocks_jax.diffusion.sampler import guide
-from dblocks_jax.models.dit import DiTBlock, DiTShared, run_block
+from dblocks_jax.models.conditioned import ConditionedBlock
+from dblocks_jax.models.dit import DiTShared, run_block
 from dblocks_jax.tasks.task import Losses
 
 
 def denoise(
     shared: DiTShared,
-    block: DiTBlock,
+    block: ConditionedBlock,
     labels: Int[Array, " b"],
     z: Float[Array, "b h w c"],
     sigma: Float[Array, " b"],
@@ -26,7 +27,7 @@ def denoise(
 
 def guided(
     shared: DiTShared,
-    block: DiTBlock,
+    block: ConditionedBlock,
     labels: Int[Array, " b"],
     z: Float[Array, "b h w c"],
     sigma: Float[Array, " b"],
@@ -53,7 +54,7 @@ def squared_error(denoised: Float[Array, "b h w c"], images: Float[Array, "b h w
 
 def denoising_losses(
     shared: DiTShared,
-    block: DiTBlock,
+    block: ConditionedBlock,
     images: Float[Array, "b h w c"],
     labels: Int[Array, " b"],
     sigma: Float[Array, " b"],

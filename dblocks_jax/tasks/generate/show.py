@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dblocks_jax.data.datasets import Dataset
-from dblocks_jax.models.dit import DiTBlock, DiTShared
+from dblocks_jax.models.conditioned import ConditionedBlock
+from dblocks_jax.models.dit import DiTShared
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.findings import DataShown, held_out_curves
@@ -37,7 +38,7 @@ ABOUT_CURVE = "loss on images kept apart"
 class Step(nnx.Module):
     """One denoising step: a block with what it shares."""
 
-    def __init__(self, shared: DiTShared, block: DiTBlock, sigma_data: float):
+    def __init__(self, shared: DiTShared, block: ConditionedBlock, sigma_data: float):
         self.shared, self.block, self.sigma_data = shared, block, sigma_data
 
     def __call__(self, labels, z, sigma):

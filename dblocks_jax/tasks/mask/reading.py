@@ -47,7 +47,7 @@ def bits_of_text(
     def costs_of(together, is_hidden, is_counted):
         shared, block = blueprint.together(together)
         logits = run_block(shared, block, tokens, is_hidden, jnp.mean(is_hidden, axis=1, dtype=jnp.float32))
-        costs = cross_entropy(logits.reshape(LOOKS * length, -1), tokens.reshape(-1)).reshape(LOOKS, length)
+        costs = cross_entropy(logits, tokens)
         return given * jnp.sum(jnp.where(is_counted, costs, 0), axis=1) / jnp.sum(is_counted, axis=1)
 
     nats = np.zeros((draws, LOOKS))

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dblocks_jax.data.pixels import GREY_LEVELS, Pixels
-from dblocks_jax.models.masked_transformer import MaskedBlock, MaskedShared, run_block
+from dblocks_jax.models.conditioned import ConditionedBlock
+from dblocks_jax.models.masked_transformer import MaskedShared, run_block
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.findings import DataShown, held_out_curves
@@ -33,7 +34,7 @@ ABOUT_CURVE = "bits on data kept apart"
 class Step(nnx.Module):
     """One uncovering step: a block with what it shares."""
 
-    def __init__(self, shared: MaskedShared, block: MaskedBlock):
+    def __init__(self, shared: MaskedShared, block: ConditionedBlock):
         self.shared, self.block = shared, block
 
     def __call__(self, tokens, is_hidden, level):

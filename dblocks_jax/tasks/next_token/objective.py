@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
 from dblocks_jax.models.chunks import over_tokens
 from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared
@@ -44,12 +44,6 @@ def denoising_losses(
     return _of_samples(ce, correct, loss_weight(sigma, sigma_data))
 
 
-def token_cross_entropy(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Float[Array, "b t"]:
-    """-log p(token), in nats, one for each token."""
-    log_probs = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-
-
 def _of_tokens(
     read: Callable[..., Float[Array, "b t v"]], tokens: Int[Array, "b t"], vocab_size: int, *features: Array
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
@@ -60,7 +54,7 @@ def _of_tokens(
 
     def judge(tokens, *features):
         logits = read(*features)
-        return token_cross_entropy(logits, tokens), jnp.argmax(logits, axis=-1) == tokens
+        return cross_entropy(logits, tokens), jnp.argmax(logits, axis=-1) == tokens
 
     return over_tokens(judge, len(tokens) * vocab_size * 4, tokens, *features)
 

@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.next_token.denoiser import denoise
-from dblocks_jax.tasks.next_token.objective import token_cross_entropy
 from dblocks_jax.tasks.text import TextCard, scored_at_once
 
 Score = Callable[[dict[str, Params], Any, Callable[[], None]], dict[str, Any]]
@@ -54,7 +54,7 @@ def make_score(config: ConfigDict, blueprint: Blueprint, card: TextCard) -> Scor
     @jax.jit
     def costs_of(together, tokens: Array, positions: Int[Array, " b"]) -> Float[Array, " b"]:
         tokens = tokens.astype(jnp.int32)
-        return token_cross_entropy(logits_of(together, tokens, positions), tokens[:, 1:]).sum(axis=1)
+        return cross_entropy(logits_of(together, tokens, positions), tokens[:, 1:]).sum(axis=1)
 
     def run(params: dict[str, Params], source: Any, at_each_batch: Callable[[], None]) -> dict[str, Any]:
         count = len(source)
