@@ -20,7 +20,7 @@ from dblocks_jax.modes import generation, judge
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
-from dblocks_jax.modes.generation import score_samples
+from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
@@ -210,7 +210,7 @@ def test_the_curve_is_that_of_the_splits_on_record():
 def test_images_that_are_not_finite_have_no_score(run, tmp_path):
     trained = load_trained(run[1])
     broken = replace(trained, params=jax.tree.map(lambda leaf: leaf * np.nan, trained.params))
-    assert score_samples(broken, find_dataset(run[0]), tmp_path) == {"diverged": True}
+    assert sample_and_score(broken, find_dataset(run[0]), tmp_path).figures == {"diverged": True}
     with pytest.raises(Diverged, match="the images are not finite"):
         make_images(broken, np.zeros(1, np.int32), 1.0)
 

@@ -79,11 +79,6 @@ def continue_text(
     return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
 
 
-def score_continuations(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
-    """The figures of `continue_and_score`."""
-    return continue_and_score(trained, data, workdir)[0]
-
-
 def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """(figures, (beginning, what was written after it) of each text).
 

@@ -7,10 +7,9 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.data.source import Data
 from dblocks_jax.modes.load import Trained, load_run
-from dblocks_jax.modes.made import MAKES, score_made
+from dblocks_jax.modes.made import MAKES, check_one_process, score_made
 from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.run.errors import UserError
-from dblocks_jax.run.processes import are_several, check_alike, first_process_first
+from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.heldout import scorer_of
 
@@ -31,8 +30,7 @@ def evaluate_run(
         from dblocks_jax.modes import usefulness
 
         usefulness.check_trains_on_samples(trained.entry, trained.config)
-    if are_several() and trained.entry.name in MAKES and trained.config.score_samples:
-        raise UserError("samples are scored by one process: set score_samples=0, or leave out --distributed")
+    check_one_process(trained.config)
     data = find_data(trained, run, named=config, where=str(workdir))
     with arithmetic(trained.config):
         found = scorer_of(trained.task, trained.blueprint, mesh)(trained.params, data, "test", lambda: None)

@@ -36,11 +36,6 @@ class Scored(NamedTuple):
     made: Made | None
 
 
-def score_samples(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
-    """The figures of `sample_and_score`."""
-    return sample_and_score(trained, data, workdir).figures
-
-
 def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """Make `score_samples` images, of all classes alike, score them, and write PICTURE into the workdir.
 

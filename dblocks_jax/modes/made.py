@@ -6,26 +6,38 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dblocks_jax.modes.load import Trained, load_run
+from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.processes import are_several
 from dblocks_jax.training.config import FREE_TO_CHANGE
 
 MAKES = ("generate", "mask", "next_token")  # tasks whose models make something
+
+
+def check_one_process(config: ConfigDict) -> None:
+    """Refuse to score what is made by several processes.
+
+    Raises:
+      UserError: with what to do.
+    """
+    if config.task in MAKES and config.score_samples and are_several():
+        raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval in one")
 
 
 def score_made(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
     """Make `score_samples` images or texts, score them beside the data, and leave them in the workdir."""
     match trained.entry.name:
         case "generate":
-            from dblocks_jax.modes.generation import score_samples
+            from dblocks_jax.modes.generation import sample_and_score
 
-            return score_samples(trained, data, workdir)
+            return sample_and_score(trained, data, workdir).figures
         case "mask":
-            from dblocks_jax.modes.writing import score_texts
+            from dblocks_jax.modes.writing import make_and_score
 
-            return score_texts(trained, data, workdir)
+            return make_and_score(trained, data, workdir).figures
         case "next_token":
-            from dblocks_jax.modes.continuing import score_continuations
+            from dblocks_jax.modes.continuing import continue_and_score
 
-            return score_continuations(trained, data, workdir)
+            return continue_and_score(trained, data, workdir)[0]
         case _:
             return {}
 

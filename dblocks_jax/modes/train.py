@@ -5,10 +5,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dblocks_jax.modes.made import MAKES, with_made
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.modes.made import MAKES, check_one_process, with_made
 from dblocks_jax.run.files import saving, write_json
-from dblocks_jax.run.processes import are_several
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.table import entry_of
@@ -29,8 +27,7 @@ def train(
         from dblocks_jax.modes.judge import check_judge
 
         check_judge(config)
-    if entry.name in MAKES and config.score_samples and are_several():
-        raise UserError("samples are scored by one process: set score_samples=0 here, and score by --mode=eval")
+    check_one_process(config)
     result = loop.train(entry, config, workdir, command=command, overrides=overrides, stop=stop)
     if entry.name not in MAKES:
         return result

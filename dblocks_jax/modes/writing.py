@@ -97,8 +97,7 @@ def sample_texts(
 def make_images(trained: Trained, count: int) -> np.ndarray:
     """uint8 [count, h, w, c]."""
     card = trained.card
-    whole = Template(np.zeros(card.length, np.int32), np.ones(card.length, bool), card.length)
-    tokens = np.concatenate([stages[-1].tokens for stages in uncover(trained, whole, count)])
+    tokens = np.concatenate([stages[-1].tokens for stages in uncover(trained, all_hidden(card), count)])
     return tokens.astype(np.uint8).reshape(count, *card.images.image_shape)
 
 
@@ -119,11 +118,6 @@ def write_texts(path: Path, texts: list[str]) -> None:
     with saving(path):
         path.parent.mkdir(exist_ok=True)
         write_whole(path, "".join(" ".join(text.splitlines()) + "\n" for text in texts).encode())
-
-
-def score_texts(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
-    """The figures of `make_and_score`."""
-    return make_and_score(trained, data, workdir).figures
 
 
 def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:

@@ -37,6 +37,13 @@ def block_curves(lines: list[dict[str, Any]], metric: str, ylabel: str, num_bloc
     return charts.over_steps(series, [colors[int(name)] for name in names], ylabel)
 
 
+def held_out_picture(lines: list[dict[str, Any]], metric: str, ylabel: str) -> dict[str, str]:
+    """{"held_out": a figure over the steps, a line for each split}; nothing where none is on record."""
+    curves = held_out_curves(lines, metric)
+    colors = [charts.ACCENT, charts.INK][: len(curves)]
+    return {"held_out": charts.over_steps(curves, colors, ylabel)} if curves else {}
+
+
 def held_out_curves(lines: list[dict[str, Any]], metric: str) -> dict[str, tuple[list[int], list[float]]]:
     """Split -> (steps, a figure there), of the splits that are on record."""
     curves = {}

@@ -18,6 +18,15 @@ AT_ONCE = 1 << 20  # tokens that are decoded at once
 LOOP = 4  # words in a row which, said twice in a text, count as repeated
 
 
+def rows_about_texts(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of `text_scores`, as far as there are some, for a page: in words, of what was made, of the data."""
+    return [
+        {"words": words, "made": found[name], "data": found[f"{name}_data"]}
+        for name, words in OF_TEXTS
+        if name in found
+    ]
+
+
 def text_scores(made: Sequence[str], real: Sequence[str], known: Set[str]) -> dict[str, Any]:
     """Figures of `made`, each with "_data" behind it for as many `real` texts. `known` are the words of the data."""
     found = {}

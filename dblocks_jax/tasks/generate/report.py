@@ -9,8 +9,7 @@ from jaxtyping import Float, Int, UInt8
 
 from dblocks_jax.data.datasets import Dataset
 from dblocks_jax.models.blueprint import Blueprint, Params
-from dblocks_jax.pages import charts
-from dblocks_jax.pages.findings import Findings, block_curves, held_out_curves
+from dblocks_jax.pages.findings import Findings, block_curves, held_out_picture
 from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pixels import to_pixels
@@ -85,10 +84,7 @@ def draw(lines: list[dict[str, Any]], num_blocks: int) -> dict[str, str]:
     drawn = {}
     if any("blocks" in line for line in lines):
         drawn["error"] = block_curves(lines, "error", "squared error on training batches", num_blocks)
-    if held_out := held_out_curves(lines, "loss"):
-        colors = [charts.ACCENT, charts.INK][: len(held_out)]
-        drawn["held_out"] = charts.over_steps(held_out, colors, "loss on images kept apart")
-    return drawn
+    return drawn | held_out_picture(lines, "loss", "loss on images kept apart")
 
 
 def distance_row(found: dict[str, Any], name: str, words: str) -> dict[str, Any] | None:

@@ -9,12 +9,12 @@ from jaxtyping import Int, UInt8
 
 from dblocks_jax.data.vocabulary import Vocabulary
 from dblocks_jax.pages import charts
-from dblocks_jax.pages.findings import Findings, block_curves, held_out_curves
+from dblocks_jax.pages.findings import Findings, block_curves, held_out_picture
 from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.tasks.mask.task import Mask
 from dblocks_jax.tasks.mask.writing import BLANK, Stage, uncovered_by
 from dblocks_jax.tasks.text import TextCard, unit
-from dblocks_jax.tasks.text_scores import OF_TEXTS
+from dblocks_jax.tasks.text_scores import rows_about_texts
 
 TEXTS, IMAGES = 6, 60  # that are shown of those that were made
 
@@ -52,11 +52,7 @@ def look(task: Mask, found: dict[str, Any], made: Made | None, lines: list[dict[
         "texts": made.texts[:TEXTS],
         "samples": [] if made.images is None else [data_uri(image) for image in made.images[:IMAGES]],
         "guessing": math.log2(len(vocabulary)),
-        "of_texts": [
-            {"words": words, "made": found[name], "data": found[f"{name}_data"]}
-            for name, words in OF_TEXTS
-            if name in found
-        ],
+        "of_texts": rows_about_texts(found),
     }
     return Findings(found, values, draw(lines, task), {})
 
@@ -75,7 +71,4 @@ def draw(lines: list[dict[str, Any]], task: Mask) -> dict[str, str]:
     drawn, ylabel = {}, f"bits per {unit(task.card)}"
     if any("blocks" in line for line in lines):
         drawn["bits"] = block_curves(lines, "bits", "bits per symbol on training batches", task.config.num_blocks)
-    if held_out := held_out_curves(lines, "bits"):
-        colors = [charts.ACCENT, charts.INK][: len(held_out)]
-        drawn["held_out"] = charts.over_steps(held_out, colors, f"{ylabel}, kept apart")
-    return drawn
+    return drawn | held_out_picture(lines, "bits", f"{ylabel}, kept apart")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from dblocks_jax.data.pixels import PixelCard
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.text import TextCard
@@ -29,7 +30,7 @@ class Stage(NamedTuple):
     is_hidden: Bool[np.ndarray, "b t"]
 
 
-def all_hidden(card: TextCard) -> Template:
+def all_hidden(card: TextCard | PixelCard) -> Template:
     """Nothing is given."""
     return Template(np.zeros(card.length, np.int32), np.ones(card.length, bool), card.length)
 

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from dblocks_jax.pages import charts
-from dblocks_jax.pages.findings import Findings, block_curves, held_out_curves
+from dblocks_jax.pages.findings import Findings, block_curves, held_out_picture
 from dblocks_jax.tasks.next_token.task import NextToken
-from dblocks_jax.tasks.text_scores import OF_TEXTS
+from dblocks_jax.tasks.text_scores import rows_about_texts
 
 TEXTS = 6  # that are shown
 
@@ -21,11 +20,7 @@ def look(
     values = {
         "texts": written[:TEXTS],
         "guessing": math.log2(len(task.card.vocabulary)),
-        "of_texts": [
-            {"words": words, "made": found[name], "data": found[f"{name}_data"]}
-            for name, words in OF_TEXTS
-            if name in found
-        ],
+        "of_texts": rows_about_texts(found),
     }
     return Findings(found, values, draw(lines, task), {})
 
@@ -36,7 +31,4 @@ def draw(lines: list[dict[str, Any]], task: NextToken) -> dict[str, str]:
     if any("blocks" in line for line in lines):
         num_blocks = None if task.is_plain else task.config.num_blocks
         drawn["ce"] = block_curves(lines, "ce", "cross-entropy on training batches", num_blocks)
-    if held_out := held_out_curves(lines, "bits"):
-        colors = [charts.ACCENT, charts.INK][: len(held_out)]
-        drawn["held_out"] = charts.over_steps(held_out, colors, "bits per character, kept apart")
-    return drawn
+    return drawn | held_out_picture(lines, "bits", "bits per character, kept apart")
