@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
     config.p_std = 1.2  # of ln sigma in training
     config.weighting = "batch_mean"  # "batch_mean": released code; "per_sample": the paper's Eq. 6; "none"
 
-    # The sampler.
+    # The answer.
+    config.answer = "sampler"  # "sampler": the paper's; "joined": each block alone at z = 0, mean of log-probabilities
     config.num_inference_steps = 0  # denoising steps; 0 means num_blocks
     config.sampler_spacing = "cdf"  # "cdf": evenly in probability; "karras": rho = 7
     config.label_table = "raw"  # embeddings that make the estimate: "raw" (released code) or "normalized" (paper)

@@ -12,7 +12,9 @@ from dblocks_jax.data.arrays import Arrays
 from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.next_token.chain import Chain, score_chain
 from dblocks_jax.tasks.next_token.config import check, plain
+from dblocks_jax.tasks.next_token.generation import make_writer, starting_noise
 from dblocks_jax.tasks.next_token.scores import make_score
 from dblocks_jax.tasks.next_token.task import NextToken
 from dblocks_jax.tasks.text import TextCard
@@ -67,3 +69,25 @@ def test_the_plain_model_has_no_blocks():
     with pytest.raises(UserError, match="are of DiffusionBlocks"):
         check(config)
     check(plain(config))
+
+
+def test_probabilities_sum_to_one_after_every_step_and_joined():
+    """Of the chain and of the blocks' joint judgement, over all second tokens: nothing of the token is told in z."""
+    task, blueprint, params = make(num_blocks=3, text_length=2)
+    pairs = [Arrays({"tokens": np.array([[9, last]], np.uint8)}) for last in range(27)]
+    found = [score_chain(task.config, blueprint, task.card, params, pair) for pair in pairs]
+    bits = np.array([[*each["bits_by_step"], each["bits_joined"]] for each in found])
+    assert bits.shape == (27, 4)
+    np.testing.assert_allclose(np.exp2(-bits).sum(axis=0), 1, rtol=1e-5)
+
+
+def test_the_chain_goes_through_the_steps_of_the_writer():
+    """Each token's last logits, from the noise that it is written from, are those that it is chosen by."""
+    task, blueprint, params = make(num_blocks=3, sharing="isolated", temperature=0.0)
+    tokens, samples = jnp.asarray(CHUNKS.examples["tokens"][:2], jnp.int32), jnp.array([3, 8])
+    written = list(make_writer(task.config, blueprint)(params, tokens[:, :2], LENGTH - 2, samples))
+    whole = jnp.concatenate([tokens[:, :2], jnp.stack([token for token, _ in written], axis=1)], axis=1)
+    places = map(jnp.int32, range(LENGTH))
+    z = jnp.stack([starting_noise(task.config, samples, place) for place in places], axis=1)
+    *_, last = Chain(task.config, blueprint).steps(params, whole, z)
+    np.testing.assert_allclose(last[:, 2:], jnp.stack([logits for _, logits in written], axis=1), atol=1e-5)

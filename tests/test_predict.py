@@ -4,17 +4,22 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from rich.cells import cell_len
+from scipy.special import log_softmax
 
 from configs import dblock_digits
 from dblocks_jax.modes.evaluate import evaluate_run
-from dblocks_jax.modes.load import load_classifier
+from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.predict import describe, find_images, predict, print_table
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.tasks.classify.classifier import make_classifier
+from dblocks_jax.tasks.classify.denoiser import join
 from dblocks_jax.tasks.images import find_dataset
 
 TINY = {
@@ -53,6 +58,29 @@ def test_a_loaded_classifier_scores_as_the_run_was_scored(run, test_split):
     by_step = np.asarray(classifier.by_step(images[:50]))
     assert len(by_step) == len(result["accuracy_by_step"])
     np.testing.assert_allclose(by_step[-1], logits[:50], rtol=0, atol=1e-5)
+
+
+def test_joined_answers_begin_as_the_sampler_without_noise_does(run, test_split):
+    """Its first step asks block 0 at z = 0 and the most noise, and so does the first of the answers that are joined."""
+    trained = load_trained(run[1])
+
+    def answered(answer: str) -> np.ndarray:
+        config = ConfigDict({**trained.config.to_dict(), "init_noise_scale": 0.0, "answer": answer})
+        classify = make_classifier(config, trained.blueprint, trained.card)
+        return np.asarray(classify(trained.params, test_split.images(np.arange(20)), np.arange(20)))
+
+    without_noise, joined = answered("sampler"), answered("joined")
+    assert without_noise.shape == joined.shape == (2, 20, 10)
+    np.testing.assert_allclose(joined[0], log_softmax(without_noise[0], axis=-1), rtol=0, atol=1e-5)
+    assert np.abs(joined[1] - log_softmax(without_noise[1], axis=-1)).max() > 1e-3  # which hears the first one's guess
+
+
+def test_joined_answers_are_mean_log_probabilities_in_whatever_order():
+    logits = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    joined = np.asarray(join(logits))
+    np.testing.assert_allclose(joined[0], log_softmax(logits[0], axis=-1), atol=1e-6)
+    np.testing.assert_allclose(joined[-1], log_softmax(logits, axis=-1).mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(joined[-1], join(logits[::-1] + 7)[-1], atol=1e-5)
 
 
 def test_images_of_another_shape_are_refused(run):

@@ -190,6 +190,10 @@ def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
         ({"p_std": 0.25}, "almost no noise between"),
         ({"scheduler_type": "step"}, "constant_with_warmup, linear"),
         ({"image_size": 16, "patch_size": 4}, "digits"),
+        (
+            {"answer": "joined", "init_noise_scale": 1.0},
+            "set num_inference_steps=0 and init_noise_scale=0, not 0 and 1.0",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(tmp_path, changes, message):
@@ -285,3 +289,12 @@ def test_metrics_against_scikit_learn():
     for some in (slice(None), slice(5)):  # with every class, and with classes of which there is nothing
         expected = f1_score(labels[some], believed[1, some], labels=range(7), average="macro", zero_division=0)
         assert metrics(believed[:, some], logits[some], labels[some])["macro_f1"] == pytest.approx(expected)
+
+
+def test_calibration_error_in_closed_form():
+    """Two bins: of 3 images that are held to be 0.8 sure 2 are right, the one of 0.6 is wrong."""
+    logits = np.log([[0.8, 0.2], [0.8, 0.2], [0.2, 0.8], [0.4, 0.6]])
+    found = metrics(logits.argmax(1)[None], logits, np.array([0, 0, 0, 0]))
+    assert found["calibration_error"] == pytest.approx(3 / 4 * abs(2 / 3 - 0.8) + 1 / 4 * abs(0 - 0.6))
+    everyone = metrics(np.zeros((1, 6), int), np.zeros((6, 3)), np.array([0, 0, 0, 0, 1, 2]))
+    assert everyone["calibration_error"] == pytest.approx(4 / 6 - 1 / 3)

@@ -17,7 +17,9 @@ Denoise = Callable[[Any, Float[Array, "b *d"], np.float32], Float[Array, "b *d"]
 Solver = Literal["euler", "heun"]
 
 
-def initial_z(unit_noise: Float[Array, "b d"], sigma_max: float, init_noise_scale: float = 1.0) -> Float[Array, "b d"]:
+def initial_z(
+    unit_noise: Float[Array, "b *d"], sigma_max: float, init_noise_scale: float = 1.0
+) -> Float[Array, "b *d"]:
     """The sampler's start: noise as large as a noisy target of unit variance, times `init_noise_scale`.
 
     Scale 1 is the paper; scale 0 starts at the mean, so that the sampler chooses a label rather than drawing one.

@@ -16,6 +16,7 @@ from dblocks_jax.modes.sample import FOLDER
 from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, write_texts
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.naming import shown
+from dblocks_jax.tasks.next_token.chain import score_chain
 from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.text_scores import known_words, text_scores
@@ -99,6 +100,15 @@ def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict
     known = known_words(data.split("train").tokens, decode)
     figures = text_scores([text for _, text in texts], _decoded(decode, real[:, given:]), known)
     return {"num_samples": len(real)} | figures, texts
+
+
+def score_steps(trained: Trained, data: Any) -> dict[str, Any]:
+    """Bits of the test text after each step of the sampler, and by all blocks together; nothing of the plain model."""
+    config = trained.config
+    if trained.task.corruption is None:
+        return {}
+    with arithmetic(config):
+        return score_chain(config, trained.blueprint, trained.card, trained.params, data.split("test"))
 
 
 def _decoded(decode: Any, rows: Int[np.ndarray, "n t"]) -> Sequence[str]:

@@ -35,9 +35,9 @@ def score_made(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
 
             return make_and_score(trained, data, workdir).figures
         case "next_token":
-            from dblocks_jax.modes.continuing import continue_and_score
+            from dblocks_jax.modes.continuing import continue_and_score, score_steps
 
-            return continue_and_score(trained, data, workdir)[0]
+            return continue_and_score(trained, data, workdir)[0] | score_steps(trained, data)
         case _:
             return {}
 

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dblocks_jax.modes.continuing import continue_and_score
+from dblocks_jax.modes.continuing import continue_and_score, score_steps
 from dblocks_jax.modes.evaluate import find_data, how_scored
 from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.load import Trained, load_run
@@ -111,6 +111,7 @@ def _look_at_decoder(trained: Trained, data: Any, mesh: Mesh, workdir: Path, lin
     if "diverged" in bits:
         return Findings(bits, {}, {}, {})
     figures, written = continue_and_score(trained, data, workdir)
+    figures |= score_steps(trained, data)
     return next_token_report.look(task, bits | figures, written, lines)
 
 

@@ -55,7 +55,7 @@ FREE_TO_CHANGE = (
 # Fields of arithmetic that evaluation may choose for itself.
 ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
 # Fields that runs of earlier versions do not have, and what those runs did.
-SINCE = {"task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": ""}
+SINCE = {"task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": "", "answer": "sampler"}
 
 
 def check_config(entry: Entry, config: ConfigDict) -> None:
@@ -180,7 +180,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
     Raises:
       UserError: naming each field that differs, with both values.
     """
-    saved, now = _as_saved(SINCE | saved), _as_saved(config.to_dict())
+    saved, now = _as_saved(_since(config) | saved), _as_saved(config.to_dict())
     is_open = config.scheduler_type == "constant_with_warmup" and config.block_schedule == "random"
     may_grow = ("num_epochs", "max_steps") if is_open and not config.grow_at else ()
     differing = [
@@ -195,6 +195,11 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
             f"{workdir} holds a run with another config: {'; '.join(differing)}. "
             "Set --workdir or --config.postfix for a run of its own, or repeat the first run's settings to resume it."
         )
+
+
+def _since(config: ConfigDict) -> dict[str, Any]:
+    """What runs of earlier versions did, of the fields that this task has."""
+    return {field: value for field, value in SINCE.items() if field in config}
 
 
 def _as_saved(value: Any) -> Any:
@@ -215,7 +220,7 @@ def for_evaluation(entry: Entry, saved: dict[str, Any], overrides: dict[str, Any
     Raises:
       UserError: an override contradicts how the model was trained.
     """
-    result = ConfigDict({**config.to_dict(), **SINCE, **saved})
+    result = ConfigDict({**config.to_dict(), **_since(config), **saved})
     free = (*entry.sampler_fields, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE)
     for field, value in overrides.items():
         if field in free:

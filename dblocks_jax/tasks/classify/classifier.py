@@ -1,4 +1,4 @@
-"""From images to answers: the sampler of a DiffusionBlocks model, or one pass of the plain one."""
+"""From images to answers: the sampler of a DiffusionBlocks model, its blocks' joint judgement, or the plain model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.classify.config import num_inference_steps
-from dblocks_jax.tasks.classify.denoiser import denoise_step
+from dblocks_jax.tasks.classify.denoiser import denoise_step, join
 from dblocks_jax.tasks.gaussian import gaussian
 
 # (parameters by part, uint8 images, position of each in its split) -> logits after each denoising step; that of a
@@ -25,8 +25,13 @@ Classifier = Callable[..., Float[Array, "n b classes"]]
 
 
 def sampler_plan(config: ConfigDict) -> tuple[Float[np.ndarray, " n"], list[int]]:
-    """(noise levels, descending; the block that runs at each of them) of the sampler that a config describes."""
+    """(noise levels, descending; the block that runs at each of them) of the sampler that a config describes.
+
+    Blocks whose answers are joined are each asked once, at the top of their own range.
+    """
     corruption = gaussian(config)
+    if config.answer == "joined":
+        return corruption.edges[:-1], list(range(config.num_blocks))
     sigmas = corruption.levels(num_inference_steps(config), config.sampler_spacing)
     return sigmas, corruption.owners(sigmas)
 
@@ -75,6 +80,9 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
             labels_next = None if name_next == "shared" else to_device(params[name_next]["labels"])
             return step(shared, block, images, z, sigma, sigma_next, labels_next)
 
+        if config.answer == "joined":  # z is 0 for every block: none hears what another one guessed
+            levels = sigmas.astype(np.float32)
+            return join(jnp.stack([visit(index, z, sigma, sigma)[0] for index, sigma in enumerate(levels)]))
         return sample(visit, z, sigmas, range(len(sigmas)))[0]
 
     return classify

@@ -16,10 +16,11 @@ CHOICES = {
     "pool": ("cls", "mean"),
     "weighting": ("batch_mean", "per_sample", "none"),
     "label_table": ("raw", "normalized"),
+    "answer": ("sampler", "joined"),
 }
 NOT_NEGATIVE = ("init_noise_scale",)
 # Fields that only the sampler reads: a trained model may be used with others.
-SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
+SAMPLER_FIELDS = ("answer", "num_inference_steps", "sampler_spacing", "label_table", "init_noise_scale", "cfg_scale")
 
 
 def check(config: ConfigDict) -> None:
@@ -37,6 +38,11 @@ def check(config: ConfigDict) -> None:
         if config.hidden_size < 6:
             raise UserError(f"hidden_size must be at least 6 for a conditioned model, not {config.hidden_size}")
         check_noise(config)
+        if config.answer == "joined" and (config.num_inference_steps or config.init_noise_scale):
+            raise UserError(
+                'answer="joined" asks each block once, without noise: set num_inference_steps=0 and '
+                f"init_noise_scale=0, not {config.num_inference_steps} and {config.init_noise_scale}"
+            )
     elif config.block_parallel or config.train_blocks or config.grow_at or config.begin_from:
         raise UserError(
             "block_parallel, train_blocks, grow_at and begin_from are of DiffusionBlocks: the plain model has no blocks"

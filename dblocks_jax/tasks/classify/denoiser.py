@@ -63,5 +63,15 @@ def denoise_step(
     return logits, z if labels_next is None else z + (probs @ _table(labels_next, table) - denoised)
 
 
+def join(logits: Float[Array, "n b classes"]) -> Float[Array, "n b classes"]:
+    """The mean log-probabilities of the first 1, 2, ..., n answers, each given without the others.
+
+    A block that reads in z what earlier blocks guessed counts their evidence again. At z = 0 every label is equally
+    near, so a block answers from the image alone, and the answers are judgements to be averaged.
+    """
+    counts = jnp.arange(1, logits.shape[0] + 1, dtype=logits.dtype)
+    return jnp.cumsum(jax.nn.log_softmax(logits), axis=0) / counts[:, None, None]
+
+
 def _table(labels: Float[Array, "classes d"], table: Table) -> Float[Array, "classes d"]:
     return normalize_rows(labels) if table == "normalized" else labels

@@ -47,7 +47,8 @@ def look(
     found = metrics(believed, logits, test.labels)
     if "diverged" in found:
         return Findings(found, {}, {}, {})
-    by_count = {} if task.is_plain else accuracy_by_count(config, classify, params, test, mesh)
+    has_sampler = not task.is_plain and config.answer == "sampler"
+    by_count = {} if not has_sampler else accuracy_by_count(config, classify, params, test, mesh)
     steps = describe_steps(config)
     right, wrong = choose(believed[-1], logits, test.labels)
     pixels = test.images(np.array([*right, *wrong]))
@@ -82,6 +83,7 @@ def draw(
     if num_blocks is not None:
         blocks = [step["block"] for step in steps]
         drawn["by_step"] = charts.by_denoising_step(found["accuracy_by_step"], blocks, num_blocks)
+    if by_count:
         drawn["by_count"] = charts.by_num_steps({"": by_count}, [charts.ACCENT])
     return drawn
 

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dblocks_jax.data.batches import eval_batches
 from dblocks_jax.data.datasets import Source
 from dblocks_jax.models.blueprint import Params
 from dblocks_jax.run.devices import DATA, gather, shard
 from dblocks_jax.tasks.classify.classifier import Classifier, summarize
+
+CALIBRATION_BINS = 15
 
 
 def answers(
@@ -56,8 +58,8 @@ def metrics(
     """Scores in [0, 1] and cross-entropy in nats, from each step's labels and the last step's logits.
 
     top1, top5 (of equal logits the lower label ranks first), macro_f1 (the mean over all classes), cross_entropy,
-    accuracy_by_step (its last entry is top1), num_images. An image whose logits are not all finite has no answer, and
-    so a wrong one: then there is "diverged" too, and cross_entropy is not a number.
+    calibration_error, accuracy_by_step (its last entry is top1), num_images. An image whose logits are not all finite
+    has no answer, and so a wrong one: then there is "diverged" too, and cross_entropy is not a number.
     """
     num_classes = logits.shape[1]
     is_sound = np.isfinite(logits).all(axis=1)
@@ -73,9 +75,20 @@ def metrics(
         "top5": float(np.mean((top5 == labels[:, None]).any(axis=1))),
         "macro_f1": _macro_f1(believed[-1], labels, num_classes),
         "cross_entropy": float(-np.mean(log_probs[np.arange(len(labels)), labels])),
+        "calibration_error": _calibration_error(np.exp(log_probs.max(axis=1)), believed[-1] == labels),
         "accuracy_by_step": [float(accuracy) for accuracy in np.mean(believed == labels, axis=1)],
     }
     return found if is_sound.all() else found | {"diverged": True}
+
+
+def _calibration_error(confidence: Float[np.ndarray, " images"], is_right: Bool[np.ndarray, " images"]) -> float:
+    """Expected calibration error (Guo et al. 2017): |accuracy - mean confidence| over 15 equal bins of confidence.
+
+    An image without an answer is in the highest bin, and wrong.
+    """
+    bins = np.minimum((np.nan_to_num(confidence, nan=1.0) * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    surplus = np.bincount(bins, np.nan_to_num(confidence, nan=1.0) - is_right, CALIBRATION_BINS)
+    return float(np.abs(surplus).sum() / len(is_right))
 
 
 def _macro_f1(answered: Int[np.ndarray, " images"], labels: Int[np.ndarray, " images"], num_classes: int) -> float:

@@ -22,6 +22,7 @@ FIGURES = (
     Figure("top1", "accuracy", is_share=True, has_spread=True),
     Figure("macro_f1", "macro F1"),
     Figure("cross_entropy", "cross-entropy"),
+    Figure("calibration_error", "calibration error"),
 )
 ABOUT_FIGURES = "Accuracy is the share of right answers on the test split."
 ABOUT_LEVELS = "How often training meets each noise level sigma, and which block answers for it."
