@@ -71,6 +71,7 @@ def test_what_layers_keep_for_the_backward_pass_is_not_written_over(key, monkeyp
     )
 
 
+@pytest.mark.long
 def test_in_bfloat16_parts_are_summed_in_float32(key, monkeypatch):
     """A sum of 256 parts in bfloat16 would stop growing; the gradients of parameters keep their eight bits."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)

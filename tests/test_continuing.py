@@ -74,6 +74,7 @@ def test_a_text_is_gone_on_from(run):
             continue_text(config, workdir, text=text, count=1, **ANSWER)
 
 
+@pytest.mark.long
 def test_what_is_exported_gives_the_probabilities_that_a_text_is_read_with(run):
     """The program on a padded text, against --mode=predict; their product is the bits."""
     config, workdir, _ = run

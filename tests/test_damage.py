@@ -414,7 +414,8 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs a file system of its own")
-@pytest.mark.parametrize("trouble", ["full", pytest.param("read-only", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_disk_that_is_full_or_read_only(tmp_path, trouble):
     """A run on a disk of its own, on which nothing can be written after its first checkpoint."""
     workdir, copied = tmp_path / "disk" / "run", tmp_path / "copied"

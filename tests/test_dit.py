@@ -301,6 +301,7 @@ def test_gradient_checkpointing_changes_no_value(key):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
+@pytest.mark.long
 def test_bfloat16_computes_the_same_within_its_digits(key):
     """bfloat16 has 8 bits of mantissa. Parameters, gradients and the answer stay float32."""
     shared, block, sample = opened(key, dtype="bfloat16")

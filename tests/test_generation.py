@@ -207,6 +207,7 @@ def test_the_curve_is_that_of_the_splits_on_record():
     assert held_out_curves([*lines, {"step": 4, "split": "test", "loss": None}], "loss") == {"test split": ([2], [0.5])}
 
 
+@pytest.mark.long
 def test_images_that_are_not_finite_have_no_score(run, tmp_path):
     trained = load_trained(run[1])
     broken = replace(trained, params=jax.tree.map(lambda leaf: leaf * np.nan, trained.params))
@@ -265,6 +266,7 @@ def exported(run):
     return workdir / "export", export_run(config, workdir, overrides={}, checkpoint="best")
 
 
+@pytest.mark.long
 def test_the_program_makes_the_samplers_images(run, exported):
     """Any number of them, with any guidance; a grey level may differ where a value lies between two."""
     folder, result = exported
@@ -298,6 +300,7 @@ def test_an_exported_generator_is_loaded_and_described(run, exported):
         assert b"/home/somebody" not in path.read_bytes() and str(run[1].parent).encode() not in path.read_bytes()
 
 
+@pytest.mark.long
 def test_a_generator_is_inspected(run, tmp_path, capsys):
     result = inspect(run[0], tmp_path)
     params = load_trained(run[1]).params

@@ -137,6 +137,7 @@ def gradients(**changes):
     return jax.jit(jax.grad(lambda params: jnp.mean(plain_losses(nnx.merge(graphdef, params), tokens).each)))(params)
 
 
+@pytest.mark.long
 def test_checkpointed_in_bfloat16_and_read_in_parts_only_digits_change(monkeypatch):
     """bfloat16 has 8 bits of mantissa; parameters and their gradients stay float32."""
     exact = gradients()

@@ -118,6 +118,7 @@ def test_blocks_resting_on_the_host_end_in_the_same_bits(tmp_path):
         np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+@pytest.mark.long
 def test_parts_that_do_not_make_a_model_are_refused_by_name(apart, tmp_path):
     def refused(parts, match):
         with pytest.raises(UserError, match=match):

@@ -149,6 +149,7 @@ def test_many_steps_in_one_call_are_the_same_steps(model_type):
         jax.tree.map(np.testing.assert_array_equal, results[0], other)
 
 
+@pytest.mark.long
 def test_images_on_the_device_or_brought_there_make_the_same_step():
     images, labels = batch(6)
     chosen = np.array([[4, 1, 3, 0]], np.int32)
@@ -171,6 +172,7 @@ def test_a_model_can_be_taken_apart_and_put_together(model_type):
     assert jnp.isfinite(jax.tree.leaves(params)[0]).all()
 
 
+@pytest.mark.long
 def test_guidance_trains_on_blank_images_at_the_rate_asked_for(monkeypatch):
     """Only with cfg_scale > 0, as in the released code; the rest of the images stay as they are."""
     seen = []

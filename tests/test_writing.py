@@ -96,6 +96,7 @@ def test_each_token_is_of_the_block_that_uncovered_it():
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_report_says_what_evaluation_measures_and_shows_who_uncovered(run):
     config, workdir, trained = run
     result = report(config, workdir, overrides={}, checkpoint="best")
@@ -172,6 +173,7 @@ def exported(run):
     return workdir / "export", export_run(config, workdir, overrides={}, checkpoint="best")
 
 
+@pytest.mark.long
 def test_the_program_answers_by_the_block_that_owns_the_share(run, exported):
     """Any number of sequences, each with other symbols hidden, as each block alone answers."""
     folder, result = exported
