@@ -7,12 +7,11 @@ from configs import common
 
 def get_config() -> ConfigDict:
     config = common.get_config()
+    config.update(num_layers=8, num_blocks=1, hidden_size=512, num_heads=8, intermediate_size=2048)
 
     # What to train on what.
     config.task = "recurrent"  # the tokens before to the next one, by a core of layers that is run again and again
-    config.model_type = (
-        "dblock"  # "dblock": the network trained as a denoiser, in one pass; "huginn": through its steps
-    )
+    config.model_type = "dblock"  # "dblock": trained as a denoiser, in one pass; "huginn": through its last steps
     config.dataset = "sotu"  # sotu, text8, text_file
     config.data_dir = ""  # folder of text8; file or folder of your text
     config.val_fraction = 0.0  # of text_file: part set apart to choose the best checkpoint by; at most 0.5
@@ -21,13 +20,8 @@ def get_config() -> ConfigDict:
     config.vocab_size = 4096  # of "bpe"
 
     # The network.
-    config.num_layers = 8  # of prelude, core and coda together; the core has what the other two leave
-    config.prelude_layers = 2  # that read the tokens, once
-    config.coda_layers = 2  # before the logits
-    config.num_blocks = 1  # the whole network is the denoiser: nothing else is possible
-    config.hidden_size = 512  # width of a token
-    config.num_heads = 8  # of attention; twice as many must divide hidden_size
-    config.intermediate_size = 2048  # width of the gated MLP
+    config.prelude_layers = 2  # of num_layers, those that read the tokens, once
+    config.coda_layers = 2  # of num_layers, those before the logits; the core has what is left
 
     # The diffusion.
     config.gamma = 0.0  # overlap with the noise ranges of neighbouring blocks, of which there are none

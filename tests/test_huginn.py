@@ -71,21 +71,32 @@ def test_logits_are_those_of_the_formulas(steps):
 
 
 def test_the_gradient_goes_through_the_last_eight_steps():
-    """Against ten steps written out, of which the first two are cut off."""
+    """Against ten steps unrolled by hand, of which the first two are a constant; each goes backward by itself."""
     tokens, state = (jnp.asarray(array) for array in inputs())
     graphdef, params = nnx.split(huginn())
+    of = lambda params: nnx.merge(graphdef, params)  # noqa: E731
 
-    @jax.jit
-    @jax.grad
-    def written_out(params):
-        model = nnx.merge(graphdef, params)
-        e, s = model.trunk.prelude(model.embed(tokens)), state
-        for i in range(10):
-            s = jax.lax.stop_gradient(s) if i == 2 else s
-            s = model.trunk.core(model.trunk.adapter(jnp.concatenate([s, e], axis=-1)))
-        return jnp.sum(jnp.sin(model.norm(model.trunk.coda(model.norm(s)))))
+    def prelude(params):
+        return of(params).trunk.prelude(of(params).embed(tokens))
 
-    ours, expected = value_and_gradient(jnp.int32(10))[1], written_out(params)
+    def step(params, state, e):
+        return of(params).trunk.core(of(params).trunk.adapter(jnp.concatenate([state, e], axis=-1)))
+
+    def last(params, state):
+        return jnp.sum(jnp.sin(of(params).norm(of(params).trunk.coda(of(params).norm(state)))))
+
+    backward = jax.jit(lambda grad, *args: jax.vjp(step, *args)[1](grad))
+    e, once, states = jax.jit(prelude)(params), jax.jit(step), [state]
+    for _ in range(10):
+        states.append(once(params, states[-1], e))
+    total, grad = jax.jit(jax.grad(last, argnums=(0, 1)))(params, states[-1])
+    grad_e = jnp.zeros_like(e)
+    for before in states[9:1:-1]:  # what the steps 10, 9, ..., 3 read
+        of_params, grad, of_e = backward(grad, params, before, e)
+        total, grad_e = jax.tree.map(jnp.add, total, of_params), grad_e + of_e
+    (of_params,) = jax.jit(lambda params, grad: jax.vjp(prelude, params)[1](grad))(params, grad_e)
+    expected = jax.tree.map(jnp.add, total, of_params)
+    ours = value_and_gradient(jnp.int32(10))[1]
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1e-3, np.abs(b).max()))
 
@@ -113,12 +124,12 @@ def test_the_denoiser_is_one_pass_of_the_formulas():
 
 def test_steps_and_states_begin_as_huginn_draws_them():
     """E r = 1 + E rate = 33, var r = E rate + var rate; a normal number cut at 3 deviations has variance 0.9733."""
-    count = 4_000
+    count = 1_500
     steps = np.asarray(jax.jit(jax.vmap(draw_steps))(jax.random.split(jax.random.key(0), count)), float)
     variance = 32 + 32**2 * math.expm1(0.25)
     assert steps.min() >= 1
     assert steps.mean() == pytest.approx(33, abs=4 * math.sqrt(variance / count))
-    assert steps.var() == pytest.approx(variance, rel=0.15)
+    assert steps.var() == pytest.approx(variance, rel=0.25)
     state = np.asarray(initial_state(jax.random.key(0), (10, 100, 100)))
     density = math.exp(-4.5) / math.sqrt(2 * math.pi)
     expected = 0.4 * (1 - 2 * 3 * density / math.erf(3 / math.sqrt(2)))

@@ -84,11 +84,11 @@ class Recurrent:
     def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
         """The bits of a character of held-out text, after all steps or at the last level.
 
-        Of blocks also "bits_first", those at the first level alone, where nothing is denoised yet.
+        Of several levels also "bits_first", those at the first one alone, where nothing is denoised yet.
         """
         del mesh
         score = make_scorer(self, blueprint)
-        if self.is_plain:
+        if self.is_plain or self.config.num_inference_steps == 1:
             return score
         one_level = Recurrent(ConfigDict({**self.config.to_dict(), "num_inference_steps": 1}), self.card)
         score_first = make_scorer(one_level, blueprint)
