@@ -126,8 +126,9 @@ def test_a_model_that_knows_nothing_needs_log2_27_bits():
     ],
 )
 def test_what_cannot_work_is_one_line(fields, message):
-    for config in (recurrent.get_config(), plain(recurrent.get_config())):
-        config.update(SIZES | fields)
+    for model_type in MODELS:
+        config = recurrent.get_config()
+        config.update(SIZES | {"model_type": model_type} | fields)
         with pytest.raises(UserError, match=message):
             check(config)
 

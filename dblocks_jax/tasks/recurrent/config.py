@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dblocks_jax.models.huginn import HuginnArchitecture
+from dblocks_jax.models.huginn import MEAN_STEPS, HuginnArchitecture
 from dblocks_jax.run.checks import check_fields, check_fits_host
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks import text, text_order
@@ -56,9 +56,9 @@ def describe(config: ConfigDict) -> str:
 
 
 def plain(config: ConfigDict) -> ConfigDict:
-    """The original to compare with."""
+    """The original to compare with, answering after at least as many steps as it is trained for on average."""
     other = ConfigDict(config.to_dict())
-    other.update(model_type="huginn")
+    other.update(model_type="huginn", num_inference_steps=max(config.num_inference_steps, int(MEAN_STEPS)))
     return other
 
 
