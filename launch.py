@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import classify, generate, mask, next_token
+from configs import classify, generate, mask, next_token, recurrent
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
 
@@ -67,7 +67,13 @@ TRAIN_ON_SAMPLES = flags.DEFINE_bool(
 )
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 # task -> the config file with all of its fields
-DEFAULTS = {"classify": classify, "generate": generate, "mask": mask, "next_token": next_token}
+DEFAULTS = {
+    "classify": classify,
+    "generate": generate,
+    "mask": mask,
+    "next_token": next_token,
+    "recurrent": recurrent,
+}
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "sample", "report", "export"),
@@ -89,7 +95,7 @@ TASKS_OF = {
     "classes": ("generate",),
     "cfg_scale": ("generate",),
     "train_on_samples": ("generate",),
-    "text": ("mask", "next_token"),
+    "text": ("mask", "next_token", "recurrent"),
 }
 # mode -> the flags of which it needs one
 NEEDED = {"merge": ("parts",), "compare": ("runs",), "predict": ("images", "text"), "import": ("source",)}
@@ -239,7 +245,7 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.predict import predict
 
             return predict(config, workdir, [*_names(IMAGES), *more], **saved)
-        case "sample" if config.task == "next_token":
+        case "sample" if config.task in ("next_token", "recurrent"):
             from dblocks_jax.modes.continuing import continue_text
 
             return continue_text(config, workdir, text=TEXT.value, count=COUNT.value, **saved)

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from dblocks_jax.tasks import gaussian, images, text  # noqa: E402
+from dblocks_jax.tasks import gaussian, images, text, text_order  # noqa: E402
 from dblocks_jax.tasks.classify import config as classify  # noqa: E402
 from dblocks_jax.tasks.generate import config as generate  # noqa: E402
 from dblocks_jax.tasks.mask import config as mask  # noqa: E402
 from dblocks_jax.tasks.next_token import config as next_token  # noqa: E402
+from dblocks_jax.tasks.recurrent import config as recurrent  # noqa: E402
 from dblocks_jax.tasks.table import TASKS  # noqa: E402
 from dblocks_jax.training import config as training  # noqa: E402
 
@@ -24,7 +25,8 @@ CHECKS: dict[str, tuple[Any, ...]] = {
     "classify": (training, classify, gaussian, images),
     "generate": (training, generate, gaussian, images),
     "mask": (training, mask, text),
-    "next_token": (training, next_token, gaussian, text),
+    "next_token": (training, next_token, gaussian, text, text_order),
+    "recurrent": (training, recurrent, gaussian, text, text_order),
 }
 
 PAGE = ROOT / "docs" / "configuration.md"

@@ -1,4 +1,4 @@
-"""A decoder in blocks, once trained: scores, what it writes, report, export and a text that it reads say one thing."""
+"""A decoder, once trained: scores, what it writes, report, export and a text that it reads say one thing."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from test_pages import Page
 from test_writing import text_of
 
-from configs import next_token
+from configs import next_token, recurrent
 from dblocks_jax.modes.continuing import continue_text
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
@@ -28,15 +28,18 @@ TINY = {
     "intermediate_size": 16, "batch_size": 100, "num_epochs": 1, "lr": 1e-2, "log_every_n_steps": 1,
     "save_every_n_epochs": 1, "score_samples": 10, "temperature": 0.0,
 }  # fmt: skip
+OF_ONE_BLOCK = {"num_layers": 3, "num_blocks": 1, "prelude_layers": 1, "coda_layers": 1, "num_inference_steps": 3}
+TASKS = [(next_token, {}), pytest.param((recurrent, OF_ONE_BLOCK), marks=pytest.mark.long)]
 ANSWER = {"overrides": {}, "checkpoint": "best"}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> tuple[ConfigDict, Path, dict]:
+@pytest.fixture(scope="module", params=TASKS, ids=["next_token", "recurrent"])
+def run(request, tmp_path_factory) -> tuple[ConfigDict, Path, dict]:
+    task, fields = request.param
     folder: Path = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(text_of(1000))
-    config = next_token.get_config()
-    config.update(TINY | {"data_dir": str(folder / "text.txt")})
+    config = task.get_config()
+    config.update(TINY | fields | {"data_dir": str(folder / "text.txt")})
     trained = train(config, folder / "run", command=["launch.py"], overrides={})
     finish(folder / "run", trained)
     return config, folder / "run", trained

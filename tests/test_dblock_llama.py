@@ -18,8 +18,9 @@ from dblocks_jax.models.dblock_llama import make_dblock_llama, run_block
 from dblocks_jax.models.llama import LlamaArchitecture
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.next_token.denoiser import denoise, read_out
-from dblocks_jax.tasks.next_token.generation import choose_token, make_writer, sampler_plan, starting_noise
+from dblocks_jax.tasks.next_token.generation import make_writer, sampler_plan, starting_noise
 from dblocks_jax.tasks.next_token.objective import denoising_losses
+from dblocks_jax.tasks.text_writing import choose_token
 
 TINY = LlamaArchitecture(vocab_size=7, num_layers=4, hidden_size=16, num_heads=2, intermediate_size=20)
 LENGTH = 8

@@ -13,7 +13,18 @@ import pytest
 from ml_collections import ConfigDict
 from runs import TINY
 
-from configs import classify, dblock_digits, dit_digits, generate, mask, mask_text, next_text, next_token
+from configs import (
+    classify,
+    dblock_digits,
+    dit_digits,
+    generate,
+    mask,
+    mask_text,
+    next_text,
+    next_token,
+    recurrent,
+    recurrent_text,
+)
 from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.modes import load
 from dblocks_jax.modes.load import load_run
@@ -30,20 +41,31 @@ from dblocks_jax.tasks.generate import config as generate_fields
 from dblocks_jax.tasks.images import TYPES as IMAGES
 from dblocks_jax.tasks.mask import config as mask_fields
 from dblocks_jax.tasks.next_token import config as next_token_fields
+from dblocks_jax.tasks.recurrent import config as recurrent_fields
 from dblocks_jax.tasks.table import TASKS, entry_of
 from dblocks_jax.tasks.text import TYPES as TEXT
+from dblocks_jax.tasks.text_order import TYPES as IN_ORDER
 from dblocks_jax.training import config as common_fields
 from dblocks_jax.training.setting import fresh_parts
 
 STEP = 7
 CARD = {"class_names": list("0123456789"), "image_shape": [8, 8, 1], "mean": [0.5], "std": [0.5], "images": 1437}
 TEXT_CARD = {"vocabulary": letters().to_dict(), "length": 8, "crc32": 1, "images": 1000}
-CONFIGS = {"classify": dblock_digits, "generate": dit_digits, "mask": mask_text, "next_token": next_text}
-CARDS = {"classify": CARD, "generate": CARD, "mask": TEXT_CARD, "next_token": TEXT_CARD}
+CONFIGS = {
+    "classify": dblock_digits,
+    "generate": dit_digits,
+    "mask": mask_text,
+    "next_token": next_text,
+    "recurrent": recurrent_text,
+}
+CARDS = {"classify": CARD, "generate": CARD, "mask": TEXT_CARD, "next_token": TEXT_CARD, "recurrent": TEXT_CARD}
+ITS_OWN = {
+    "recurrent": {"num_layers": 3, "prelude_layers": 1, "coda_layers": 1, "num_blocks": 1}
+}  # sizes it insists on
 
 
 def tiny(of: ConfigDict, **fields: object) -> ConfigDict:
-    of.update(TINY | fields)
+    of.update(TINY | ITS_OWN.get(of.task, {}) | fields)
     return of
 
 
@@ -56,6 +78,7 @@ def sound(tmp_path_factory) -> dict[str, Path]:
         tiny(dit_digits.get_config(), grow_at=(), ema_decay=0.0),
         tiny(mask_text.get_config(), grow_at=(), ema_decay=0.0, text_length=8),
         tiny(next_text.get_config(), grow_at=(), text_length=8),
+        tiny(recurrent_text.get_config(), text_length=8),
     ):
         folder, entry, card = tmp_path_factory.mktemp(config.task), entry_of(config), CARDS[config.task]
         write_json(folder / "config.json", config.to_dict())
@@ -117,7 +140,8 @@ def test_no_field_of_another_type_gets_past_the_check(task):
         (classify, (GAUSSIAN, GUIDANCE, IMAGES, classify_fields.TYPES)),
         (generate, (GAUSSIAN, GUIDANCE, IMAGES, generate_fields.TYPES)),
         (mask, (TEXT, mask_fields.TYPES)),
-        (next_token, (GAUSSIAN, TEXT, next_token_fields.TYPES)),
+        (next_token, (GAUSSIAN, TEXT, IN_ORDER, next_token_fields.TYPES)),
+        (recurrent, (GAUSSIAN, TEXT, IN_ORDER, recurrent_fields.TYPES)),
     ],
     ids=TASKS,
 )

@@ -151,7 +151,10 @@ def test_mistakes_are_one_line_and_an_exit_code(tmp_path, args, code, message):
         (["--mode=memory", "--gib=nan"], "--gib must be a finite number greater than 0, not nan"),
         (["--mode=memory", "--gib=inf"], "--gib must be a finite number greater than 0, not inf"),
         (["--mode=memory", "--gib=-1"], "--gib must be a finite number greater than 0, not -1.0"),
-        (["--mode=predict", "--text=a"], "--text is for models of the task mask or next_token, not for classify"),
+        (
+            ["--mode=predict", "--text=a"],
+            "--text is for models of the task mask or next_token or recurrent, not for classify",
+        ),
         (["--mode=predict", "--config=configs/mask_text.py"], "--mode=predict needs --text"),
         (["--mode=predict", "--config=configs/mask_text.py", "--text="], "--mode=predict needs --text"),
         (

@@ -15,9 +15,9 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.next_token.chain import Chain, score_chain
 from dblocks_jax.tasks.next_token.config import check, plain
 from dblocks_jax.tasks.next_token.generation import make_writer, starting_noise
-from dblocks_jax.tasks.next_token.scores import make_score
 from dblocks_jax.tasks.next_token.task import NextToken
 from dblocks_jax.tasks.text import TextCard
+from dblocks_jax.tasks.text_order import make_score
 
 LENGTH = 6
 
@@ -36,7 +36,7 @@ CHUNKS = Arrays({"tokens": np.random.default_rng(0).integers(0, 27, (10, LENGTH)
 def test_bits_of_the_plain_model_are_minus_log2_p_of_each_token_given_those_before():
     """Also where the last batch is not full. The chain rule: here token by token, by texts cut behind it."""
     task, blueprint, params = make(model_type="llama")
-    found = make_score(task.config, blueprint, task.card)(params, CHUNKS, lambda: None)
+    found = make_score(task, blueprint)(params, CHUNKS, lambda: None)
     (model,) = blueprint.together((params["model"],))
     tokens = jnp.asarray(CHUNKS.examples["tokens"], jnp.int32)
     answer = jax.jit(lambda cut: jax.nn.log_softmax(model(cut)))
@@ -50,7 +50,7 @@ def test_bits_of_the_plain_model_are_minus_log2_p_of_each_token_given_those_befo
 def test_blocks_that_know_nothing_need_log2_27_bits():
     task, blueprint, params = make()
     params["shared"]["head"]["linear"]["kernel"] *= 0.0
-    found = make_score(task.config, blueprint, task.card)(params, CHUNKS, lambda: None)
+    found = make_score(task, blueprint)(params, CHUNKS, lambda: None)
     assert found["bits"] == pytest.approx(math.log2(27), abs=1e-6)
 
 
@@ -58,7 +58,7 @@ def test_blocks_that_know_nothing_need_log2_27_bits():
 def test_probabilities_of_the_next_token_sum_to_one(model_type):
     """2^-bits over all second tokens, the first given. If z told of the token that is scored, it would be more."""
     task, blueprint, params = make(model_type=model_type, text_length=2)
-    score = make_score(task.config, blueprint, task.card)
+    score = make_score(task, blueprint)
     pairs = [Arrays({"tokens": np.array([[9, last]], np.uint8)}) for last in range(27)]
     assert sum(2 ** -score(params, pair, lambda: None)["bits"] for pair in pairs) == pytest.approx(1, rel=1e-5)
 

@@ -36,13 +36,15 @@ class ConditionedBlock(nnx.Module):
         self.layers = nnx.List(layers)
         self.remat = remat
 
-    def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b k"]) -> Float[Array, "b t d"]:
-        def apply(layer, x, cond):
-            return layer(x, cond)
+    def __call__(self, x: Float[Array, "b t d"], *cond: Float[Array, "b k"]) -> Float[Array, "b t d"]:
+        """The tokens after all layers, under the condition of each sample, where layers have one."""
+
+        def apply(layer, x, *cond):
+            return layer(x, *cond)
 
         apply = jax.checkpoint(apply, policy=None if self.remat else KEPT)
         for layer in self.layers:
-            x = apply(layer, x, cond)
+            x = apply(layer, x, *cond)
         return x
 
 

@@ -21,7 +21,7 @@ from dblocks_jax.models.causal import attend_cached, causal_attend
 from dblocks_jax.models.conditioned import make_parts
 from dblocks_jax.models.dblock_vit import normalize_rows
 from dblocks_jax.models.dit import DiTModulation, DiTNoiseEmbedding
-from dblocks_jax.models.llama import Cache, LlamaArchitecture, LlamaAttention, LlamaMlp, with_slots
+from dblocks_jax.models.llama import Cache, LlamaArchitecture, LlamaAttention, LlamaMlp, step_layers, with_slots
 from dblocks_jax.models.primitives import KEPT, Projection, init_weights
 from dblocks_jax.models.rms import normalize_rms_modulated
 
@@ -205,11 +205,7 @@ class DBlockLlamaBlock(nnx.Module):
 
         What a noisy token leaves in its slot nobody else reads: the clean one takes its place before the next.
         """
-        caches = []
-        for layer, of_layer in zip(self.layers, cache, strict=True):
-            x, kv = layer.step(x, cond, of_layer, position)
-            caches.append(kv)
-        return x, caches
+        return step_layers(self.layers, x, cond, cache=cache, position=position)
 
 
 def run_block(

@@ -1,7 +1,8 @@
 """The plain decoder of text, Llama's: the baseline, trained end to end to tell the next token."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -142,21 +143,37 @@ class Llama(nnx.Module):
 
     def prefill(self, tokens: Int[Array, "b t"], length: int) -> tuple[Float[Array, "b v"], Cache]:
         """(logits of the token after the last, a cache of so many slots that holds these tokens)."""
-        x, cache = self.embed(tokens), []
-        for layer in self.layers:
-            x, kv = layer.prefill(x)
-            cache.append(with_slots(kv, length))
+        x, cache = prefill_layers(self.layers, self.embed(tokens), length=length)
         return self.head(self.norm(x[:, -1:]))[:, 0], cache
 
     def step(
         self, token: Int[Array, " b"], cache: Cache, position: Int[Array, ""]
     ) -> tuple[Float[Array, "b v"], Cache]:
         """(logits of the token after the one at `position`, the cache with it)."""
-        x, caches = self.embed(token[:, None]), []
-        for layer, of_layer in zip(self.layers, cache, strict=True):
-            x, kv = layer.step(x, of_layer, position)
-            caches.append(kv)
-        return self.head(self.norm(x))[:, 0], caches
+        x, cache = step_layers(self.layers, self.embed(token[:, None]), cache=cache, position=position)
+        return self.head(self.norm(x))[:, 0], cache
+
+
+def prefill_layers(
+    layers: Iterable[Any], x: Float[Array, "b t d"], *cond: Float[Array, "b d"], length: int
+) -> tuple[Float[Array, "b t d"], Cache]:
+    """(the tokens after all layers, a cache of so many slots that holds them); `cond` where layers have a condition."""
+    cache = []
+    for layer in layers:
+        x, kv = layer.prefill(x, *cond)
+        cache.append(with_slots(kv, length))
+    return x, cache
+
+
+def step_layers(
+    layers: Iterable[Any], x: Float[Array, "b 1 d"], *cond: Float[Array, "b d"], cache: Cache, position: Int[Array, ""]
+) -> tuple[Float[Array, "b 1 d"], Cache]:
+    """The one token at `position` after all layers, and the cache with it."""
+    caches = []
+    for layer, of_layer in zip(layers, cache, strict=True):
+        x, kv = layer.step(x, *cond, cache=of_layer, position=position)
+        caches.append(kv)
+    return x, caches
 
 
 def with_slots(kv: Float[Array, "b t 2 h w"], length: int) -> Float[Array, "b n 2 h w"]:

@@ -17,8 +17,9 @@ from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, write_texts
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.next_token.chain import score_chain
-from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
+from dblocks_jax.tasks.recurrent.task import RECURRENT
+from dblocks_jax.tasks.text_order import InOrder
 from dblocks_jax.tasks.text_scores import known_words, text_scores
 from dblocks_jax.training.config import arithmetic
 
@@ -33,9 +34,10 @@ def write_on(trained: Trained, prompts: Int[np.ndarray, "n t"], count: int) -> I
     Raises:
       Diverged: the model's answers are not finite.
     """
-    config = trained.config
-    write = make_writer(config, trained.blueprint)
-    size = min(config.eval_batch_size, len(prompts))
+    config, task = trained.config, trained.task
+    assert isinstance(task, InOrder)
+    write = task.writer(trained.blueprint)
+    size = min(task.written_at_once(), len(prompts))
     starts = list(range(0, len(prompts), size))
     made = []
     for start in telling(starts, total=len(prompts), each=size, doing="writing %s texts"):
@@ -63,7 +65,7 @@ def continue_text(
     if not 1 <= count <= MOST_TEXTS:
         raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    card = only(NEXT_TOKEN, trained, workdir).card
+    card = only(trained, workdir, NEXT_TOKEN, RECURRENT).card
     blank = " " if " " in card.vocabulary.symbols or card.vocabulary.kind == "bpe" else card.vocabulary.symbols[0]
     prompt = card.vocabulary.encode(blank if text is None else text)
     if not len(prompt):
@@ -103,9 +105,9 @@ def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict
 
 
 def score_steps(trained: Trained, data: Any) -> dict[str, Any]:
-    """Bits of the test text after each step of the sampler, and by all blocks together; nothing of the plain model."""
+    """Bits of the test text after each of the sampler's steps, and by all blocks together; {} of other models."""
     config = trained.config
-    if trained.task.corruption is None:
+    if trained.entry.name != NEXT_TOKEN.name or trained.task.corruption is None:
         return {}
     with arithmetic(config):
         return score_chain(config, trained.blueprint, trained.card, trained.params, data.split("test"))

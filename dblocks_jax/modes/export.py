@@ -30,10 +30,10 @@ from dblocks_jax.run.files import saving, write_whole
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import read_saved, write_json
+from dblocks_jax.tasks import text_export as of_decoder
 from dblocks_jax.tasks.classify import export as of_classifier
 from dblocks_jax.tasks.generate import export as of_generator
 from dblocks_jax.tasks.mask import export as of_masked
-from dblocks_jax.tasks.next_token import export as of_decoder
 from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
 
@@ -43,6 +43,7 @@ PROGRAMS: dict[str, Any] = {  # by task
     "generate": of_generator,
     "mask": of_masked,
     "next_token": of_decoder,
+    "recurrent": of_decoder,
 }
 PLATFORMS = ("cpu", "cuda")
 OF_ONES_OWN = {"folder": "images of one's own", "text_file": "a text of one's own"}  # data set -> in words

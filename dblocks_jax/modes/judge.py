@@ -125,7 +125,7 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
             result = loop.train(CLASSIFY, wanted, folder)
             with saving(folder):
                 write_json(folder / "train.json", result)
-    trained = only(CLASSIFY, load_trained(folder), folder)
+    trained = only(load_trained(folder), folder, CLASSIFY)
     if trained.config.model_type != "vit" or trained.card.image_shape != card.image_shape:
         raise UserError(f"judge={folder} must be a plain classifier (model_type=vit) of images of {card.image_shape}")
     if trained.card.class_names != card.class_names:

@@ -131,7 +131,7 @@ def load_classifier(folder: str | Path, checkpoint: str = "best") -> Classifier:
     Raises:
       UserError: there is no such run or checkpoint, it is damaged, or does not classify.
     """
-    return Classifier(only(CLASSIFY, load_trained(folder, checkpoint), Path(folder)))
+    return Classifier(only(load_trained(folder, checkpoint), Path(folder), CLASSIFY))
 
 
 def load_trained(folder: str | Path, checkpoint: str = "best", own: Entry | None = None) -> Trained:
@@ -147,14 +147,15 @@ def load_trained(folder: str | Path, checkpoint: str = "best", own: Entry | None
         return load_run(folder, checkpoint=checkpoint, own=own)[0]
 
 
-def only(entry: Entry, trained: Trained, where: Path) -> Trained:
-    """`trained`, if it is of this task.
+def only(trained: Trained, where: Path, *entries: Entry) -> Trained:
+    """`trained`, if it is of one of these tasks.
 
     Raises:
       UserError: it is of another.
     """
-    if trained.entry.name != entry.name:
-        raise UserError(f"{where} holds a model of the task {trained.entry.name}, not of {entry.name}")
+    names = [entry.name for entry in entries]
+    if trained.entry.name not in names:
+        raise UserError(f"{where} holds a model of the task {trained.entry.name}, not of {' or '.join(names)}")
     return trained
 
 

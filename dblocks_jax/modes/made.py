@@ -10,7 +10,7 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.processes import are_several
 from dblocks_jax.training.config import FREE_TO_CHANGE
 
-MAKES = ("generate", "mask", "next_token")  # tasks whose models make something
+MAKES = ("generate", "mask", "next_token", "recurrent")  # tasks whose models make something
 
 
 def check_one_process(config: ConfigDict) -> None:
@@ -34,7 +34,7 @@ def score_made(trained: Trained, data: Any, workdir: Path) -> dict[str, Any]:
             from dblocks_jax.modes.writing import make_and_score
 
             return make_and_score(trained, data, workdir).figures
-        case "next_token":
+        case "next_token" | "recurrent":
             from dblocks_jax.modes.continuing import continue_and_score, score_steps
 
             return continue_and_score(trained, data, workdir)[0] | score_steps(trained, data)

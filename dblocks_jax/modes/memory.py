@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.data.feed import RESIDENT_BYTES, Streamed
 from dblocks_jax.run.devices import make_mesh
+from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, trained_blocks
@@ -153,7 +154,10 @@ def _fits(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory], 
     for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
         fits[name] = None
         for num_blocks in divisors:
-            smaller = variant(entry, config, plain=False, remat=remat, num_blocks=num_blocks)
+            try:
+                smaller = variant(entry, config, plain=False, remat=remat, num_blocks=num_blocks)
+            except UserError:  # a task may refuse so many blocks
+                continue
             memory = step_memory(entry, smaller, card)
             if memory.total + memory.idle <= limit:
                 fits[name] = num_blocks

@@ -44,7 +44,7 @@ def predict(
     """
     paths = find_images(images)
     loaded, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    trained = Classifier(only(CLASSIFY, loaded, workdir))
+    trained = Classifier(only(loaded, workdir, CLASSIFY))
     probabilities = classify_files(trained, paths)
     if not np.isfinite(probabilities[-1]).all():
         raise Diverged(f"{workdir}: {NOT_FINITE}")

@@ -22,9 +22,8 @@ from dblocks_jax.run.workdir import write_json
 from dblocks_jax.tasks.mask.reading import bits_of_text, fill
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import Template, read_text
-from dblocks_jax.tasks.next_token.scores import make_logits
-from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.text import TextCard
+from dblocks_jax.tasks.text_order import InOrder
 from dblocks_jax.training.config import arithmetic
 
 
@@ -39,10 +38,10 @@ def predict_text(
       Unsaved: it is printed, but PREDICTIONS cannot be written.
     """
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    if trained.entry is NEXT_TOKEN:
-        found = score_in_order(trained, text)
+    if isinstance(trained.task, InOrder):
+        found = score_in_order(trained, trained.task, text)
         return _written(found, trained, workdir)
-    card = only(MASK, trained, workdir).card
+    card = only(trained, workdir, MASK).card
     if not isinstance(card, TextCard):
         raise UserError(f"{workdir} was trained on images, of which it makes more (--mode=sample): it reads no text")
     template = read_text(text, card)
@@ -59,7 +58,7 @@ def _written(found: dict[str, Any], trained: Trained, workdir: Path) -> dict[str
     return about | found | {"predictions": str(workdir / PREDICTIONS)}
 
 
-def score_in_order(trained: Trained, text: str) -> dict[str, Any]:
+def score_in_order(trained: Trained, task: InOrder, text: str) -> dict[str, Any]:
     """Bits for each character of a text after its first token, each token given those before it.
 
     Raises:
@@ -73,7 +72,7 @@ def score_in_order(trained: Trained, text: str) -> dict[str, Any]:
     padded = np.pad(tokens, (0, card.length - len(tokens)))[None]
     together = tuple(to_device(trained.params[name]) for name in trained.blueprint.names(0))
     with arithmetic(trained.config):
-        logits = make_logits(trained.config, trained.blueprint)(together, jnp.asarray(padded), jnp.zeros(1, jnp.int32))
+        logits = task.logits_of(trained.blueprint)(together, jnp.asarray(padded), jnp.zeros(1, jnp.int32))
         log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)[np.arange(len(tokens) - 1), tokens[1:]]
     characters = vocabulary.count_characters(tokens[1:])
     bits = -log_p.sum() / math.log(2) / max(1, characters)

@@ -20,10 +20,10 @@ from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.run.errors import NOT_FINITE, Diverged
 from dblocks_jax.run.workdir import STARTS, logged, read_lines
+from dblocks_jax.tasks import text_report
 from dblocks_jax.tasks.classify import report as classify_report
 from dblocks_jax.tasks.generate import report as generate_report
 from dblocks_jax.tasks.mask import report as mask_report
-from dblocks_jax.tasks.next_token import report as next_token_report
 from dblocks_jax.tasks.table import SHOWN
 from dblocks_jax.training.config import arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
@@ -112,7 +112,7 @@ def _look_at_decoder(trained: Trained, data: Any, mesh: Mesh, workdir: Path, lin
         return Findings(bits, {}, {}, {})
     figures, written = continue_and_score(trained, data, workdir)
     figures |= score_steps(trained, data)
-    return next_token_report.look(task, bits | figures, written, lines)
+    return text_report.look(task, bits | figures, written, lines)
 
 
 LOOK = {  # by task
@@ -120,6 +120,7 @@ LOOK = {  # by task
     "generate": _look_at_generator,
     "mask": _look_at_masked,
     "next_token": _look_at_decoder,
+    "recurrent": _look_at_decoder,
 }
 
 

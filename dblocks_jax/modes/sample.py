@@ -53,7 +53,7 @@ def sample(
     if not 1 <= count <= MOST_IMAGES:
         raise UserError(f"--count must lie in [1, {MOST_IMAGES:,}], not {count}")
     trained, run = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    only(GENERATE, trained, workdir)
+    only(trained, workdir, GENERATE)
     labels = share_out(find_classes(classes, trained.card.class_names), count)
     scale = check_scale(trained.config.cfg_scale if cfg_scale is None else cfg_scale)
     trained.entry.warn(ConfigDict(run["config"]), ConfigDict({**trained.config.to_dict(), "cfg_scale": scale}))

@@ -75,7 +75,7 @@ def sample_texts(
     if not 1 <= count <= MOST_TEXTS:
         raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    card = only(MASK, trained, workdir).card
+    card = only(trained, workdir, MASK).card
     about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
     if isinstance(card, PixelCard):
         if text is not None:

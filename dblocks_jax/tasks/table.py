@@ -11,15 +11,18 @@ from dblocks_jax.tasks.mask import show as show_mask
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.next_token import show as show_next_token
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
+from dblocks_jax.tasks.recurrent import show as show_recurrent
+from dblocks_jax.tasks.recurrent.task import RECURRENT
 from dblocks_jax.tasks.task import Entry
 
-TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE, MASK, NEXT_TOKEN)}
+TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE, MASK, NEXT_TOKEN, RECURRENT)}
 # task -> what a person sees of it
 SHOWN = {
     "classify": show_classify,
     "generate": show_generate,
     "mask": show_mask,
     "next_token": show_next_token,
+    "recurrent": show_recurrent,
 }
 
 

@@ -9,13 +9,14 @@ import jax
 from jaxtyping import Array, Int, Integer, Key
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.text import NAMES, find_text
+from dblocks_jax.data.text import NAMES, Text, find_text
 from dblocks_jax.data.vocabulary import Vocabulary, letters
 from dblocks_jax.run.checks import check_fields
 from dblocks_jax.run.errors import UserError, naming_malformed
 
 __all__ = [
-    "NAMES", "TextCard", "card_without_data", "check_rotary", "check_text_fields", "crop", "find_text", "unit",
+    "NAMES", "TextCard", "card_without_data", "check_rotary", "check_text_fields", "crop", "find_data", "find_text",
+    "unit",
 ]  # fmt: skip
 
 TYPES = {int: ("text_length", "vocab_size"), float: ("val_fraction",), str: ("dataset", "data_dir", "vocabulary")}
@@ -77,6 +78,12 @@ def check_rotary(config: ConfigDict) -> None:
             f"hidden_size={config.hidden_size} gives {config.num_heads} heads an odd width, which rotary positions "
             "cannot turn: raise or lower one of them"
         )
+
+
+def find_data(config: ConfigDict, *, may_prepare: bool = True) -> Text:
+    """The text; nothing of it is ever prepared on disk."""
+    del may_prepare
+    return find_text(config)
 
 
 def card_without_data(config: ConfigDict) -> TextCard:

@@ -1,13 +1,25 @@
-"""What tasks on text show of their data."""
+"""What tasks on text show of their data, and of what they wrote."""
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
 
 from dblocks_jax.data.text import Text, TextSource
 from dblocks_jax.data.vocabulary import Vocabulary
-from dblocks_jax.pages.findings import DataShown
+from dblocks_jax.pages.figures import Figure
+from dblocks_jax.pages.findings import DataShown, held_out_curves
 from dblocks_jax.run.naming import shown
 
+FIGURES_OF_TEXTS = (
+    Figure("distinct_2", "distinct pairs of words", is_share=True, has_spread=True),
+    Figure("repetition", "repeated words", is_share=True, has_spread=True),
+    Figure("known_words", "words that exist", is_share=True, has_spread=True),
+)
+ABOUT_TEXTS = (
+    "Of texts that were made: how many of their pairs of words are different, how much is said again in the same text, "
+    "and how many words the training text has too; the data's own stand in the results."
+)
 BEGINNING = 600  # tokens of the training text
 MOST_SYMBOLS = 200
 
@@ -25,6 +37,11 @@ def text_shown(text: Text) -> DataShown:
         kinds_left=0,
         beginning=beginning(found["train"].tokens, vocabulary),
     )
+
+
+def curve_of_bits(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """(steps, bits there) of a log: on the validation split, or without one on the test split."""
+    return next(iter(held_out_curves(lines, "bits").values()), ([], []))
 
 
 def amounts(split: TextSource, vocabulary: Vocabulary) -> dict[str, int]:

@@ -10,25 +10,23 @@ from dblocks_jax.models.conditioned import ConditionedBlock
 from dblocks_jax.models.masked_transformer import MaskedShared, run_block
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
-from dblocks_jax.pages.findings import DataShown, held_out_curves
+from dblocks_jax.pages.findings import DataShown
 from dblocks_jax.tasks.image_show import images_shown
 from dblocks_jax.tasks.mask.task import Mask
-from dblocks_jax.tasks.text_show import text_shown
+from dblocks_jax.tasks.text_show import ABOUT_TEXTS, FIGURES_OF_TEXTS, curve_of_bits, text_shown
 
 FIGURES = (
     Figure("bits", "bits per character or dimension, at most", has_spread=True, digits=4),
-    Figure("distinct_2", "distinct pairs of words", is_share=True, has_spread=True),
-    Figure("repetition", "repeated words", is_share=True, has_spread=True),
-    Figure("known_words", "words that exist", is_share=True, has_spread=True),
+    *FIGURES_OF_TEXTS,
 )
 ABOUT_FIGURES = (
-    "Bits that a character of the test text takes at most, or a dimension of a test image: less is better. Of texts "
-    "that were made: how many of their pairs of words are different, how much is said again in the same text, and how "
-    "many words the training text has too; the data's own stand in the results."
+    "Bits that a character of the test text takes at most, or a dimension of a test image: less is better. "
+    + ABOUT_TEXTS
 )
 ABOUT_LEVELS = "How often training hides each share of a text or image, and which block answers for it."
 ONE_EXAMPLE = "one sequence"
 ABOUT_CURVE = "bits on data kept apart"
+curve = curve_of_bits
 
 
 class Step(nnx.Module):
@@ -59,8 +57,3 @@ def data_shown(task: Mask, data: Any) -> DataShown:
     if not isinstance(data, Pixels):
         return text_shown(data)
     return images_shown(data.images, f"Each is a sequence of {task.card.length} of {GREY_LEVELS} grey levels.")
-
-
-def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    return next(iter(held_out_curves(lines, "bits").values()), ([], []))

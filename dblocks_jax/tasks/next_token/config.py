@@ -1,29 +1,18 @@
 """The fields of next-token text: what they may be, and the sizes and noise that they describe."""
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from dblocks_jax.models.llama import LlamaArchitecture
 from dblocks_jax.run.checks import check_divides, check_fields, check_fits_host
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks import text
+from dblocks_jax.tasks import text, text_order
 from dblocks_jax.tasks.gaussian import check_gaussian_fields, check_noise
 
-TYPES = {int: ("score_samples",), float: ("init_noise_scale", "temperature", "top_p")}
-CHOICES = {
-    "model_type": ("llama", "dblock"),
-    "dataset": text.NAMES,
-    "head": ("linear", "denoised", "cosine"),
-    "weighting": ("none", "per_sample"),
-}
-POSITIVE = ("top_p",)
-NOT_NEGATIVE = ("init_noise_scale", "score_samples", "temperature")
-LARGEST = {"score_samples": 10_000, "top_p": 1}
+TYPES = {float: ("init_noise_scale",)}
+CHOICES = {"model_type": ("llama", "dblock"), "head": ("linear", "denoised", "cosine")}
+NOT_NEGATIVE = ("init_noise_scale",)
 # Fields that only the writer and the scores read: a trained model may be used with others.
-SAMPLER_FIELDS = (
-    "num_inference_steps", "sampler_spacing", "init_noise_scale", "temperature", "top_p", "score_samples",
-)  # fmt: skip
+SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "init_noise_scale", *text_order.SAMPLER_FIELDS)
 
 
 def check(config: ConfigDict) -> None:
@@ -32,12 +21,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: naming the field, its value and what it must be.
     """
-    text.check_text_fields(config)
+    text_order.check_order_fields(config)
     check_gaussian_fields(config)
-    check_fields(config, types=TYPES, choices=CHOICES, positive=POSITIVE, not_negative=NOT_NEGATIVE, largest=LARGEST)
-    text.check_rotary(config)
-    if config.text_length < 2:
-        raise UserError("text_length must be at least 2: there is no next token in one")
+    check_fields(config, types=TYPES, choices=CHOICES, not_negative=NOT_NEGATIVE)
     if config.model_type == "dblock":
         check_divides(config, "num_blocks", "num_layers")
         check_noise(config)
@@ -78,9 +64,3 @@ def architecture(config: ConfigDict, card: text.TextCard) -> LlamaArchitecture:
         gradient_checkpointing=config.gradient_checkpointing,
         dtype=config.dtype,
     )
-
-
-def find_data(config: ConfigDict, *, may_prepare: bool = True) -> Any:
-    """The text; nothing of it is ever prepared on disk."""
-    del may_prepare
-    return text.find_text(config)

@@ -1,24 +1,18 @@
 """What a step of next-token text costs: cross-entropy of the plain model, or of one block that denoises every token."""
 
-from collections.abc import Callable
+from jaxtyping import Array, Float, Int
 
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
-from dblocks_jax.models.chunks import over_tokens
 from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared
 from dblocks_jax.models.llama import Llama
 from dblocks_jax.tasks.next_token.denoiser import read_out, run_at
 from dblocks_jax.tasks.task import Losses
+from dblocks_jax.tasks.text_order import losses_of_following, losses_of_samples, losses_of_tokens
 
 
 def plain_losses(model: Llama, tokens: Int[Array, "b t"]) -> Losses:
     """Cross-entropy of every token but the first, given those before it; the mean of each sample, in nats."""
-    following = jnp.roll(tokens, -1, axis=1)
-    ce, correct = _of_tokens(model.head, following, model.embeddings.shape[0], model.features(tokens))
-    return _of_samples(ce[:, :-1], correct[:, :-1], None)
+    return losses_of_following(model.head, tokens, model.embeddings.shape[0], None, model.features(tokens))
 
 
 def denoising_losses(
@@ -40,25 +34,5 @@ def denoising_losses(
     c = precondition(sigma, sigma_data)
     features = run_at(shared, block, tokens, z, c, sigma_min=sigma_min)
     read = lambda features, z: read_out(shared, features, z, c)  # noqa: E731
-    ce, correct = _of_tokens(read, tokens, shared.embeddings.shape[0], features, z)
-    return _of_samples(ce, correct, loss_weight(sigma, sigma_data))
-
-
-def _of_tokens(
-    read: Callable[..., Float[Array, "b t v"]], tokens: Int[Array, "b t"], vocab_size: int, *features: Array
-) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """(cross-entropy, whether the likeliest token is the right one) of the logits read(*features).
-
-    Logits of a large vocabulary are larger than all else, and exist for some tokens at a time.
-    """
-
-    def judge(tokens, *features):
-        logits = read(*features)
-        return cross_entropy(logits, tokens), jnp.argmax(logits, axis=-1) == tokens
-
-    return over_tokens(judge, len(tokens) * vocab_size * 4, tokens, *features)
-
-
-def _of_samples(ce: Float[Array, "b t"], correct: Bool[Array, "b t"], weight: Float[Array, " b"] | None) -> Losses:
-    each = jnp.mean(ce, axis=1)
-    return Losses(each, weight, {"ce": each, "accuracy": jnp.mean(correct, axis=1)})
+    ce, correct = losses_of_tokens(read, tokens, shared.embeddings.shape[0], features, z)
+    return losses_of_samples(ce, correct, loss_weight(sigma, sigma_data))

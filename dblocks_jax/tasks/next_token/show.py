@@ -8,26 +8,24 @@ from flax import nnx
 from dblocks_jax.models.dblock_llama import DBlockLlamaBlock, DBlockLlamaShared
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
-from dblocks_jax.pages.findings import DataShown, held_out_curves
+from dblocks_jax.pages.findings import DataShown
 from dblocks_jax.tasks.next_token.denoiser import denoise
 from dblocks_jax.tasks.next_token.generation import sampler_plan
 from dblocks_jax.tasks.next_token.task import NextToken
-from dblocks_jax.tasks.text_show import text_shown
+from dblocks_jax.tasks.text_show import ABOUT_TEXTS, FIGURES_OF_TEXTS, curve_of_bits, text_shown
 
 FIGURES = (
     Figure("bits", "bits per character", has_spread=True, digits=4),
-    Figure("distinct_2", "distinct pairs of words", is_share=True, has_spread=True),
-    Figure("repetition", "repeated words", is_share=True, has_spread=True),
-    Figure("known_words", "words that exist", is_share=True, has_spread=True),
+    *FIGURES_OF_TEXTS,
 )
 ABOUT_FIGURES = (
     "Bits that a character of the test text takes, given those before it, exactly: less is better; of blocks by the "
-    "first one, at the most noise. Of texts that were made: how many of their pairs of words are different, how much "
-    "is said again in the same text, and how many words the training text has too; the data's own stand in the results."
+    "first one, at the most noise. " + ABOUT_TEXTS
 )
 ABOUT_LEVELS = "How often training meets each noise level sigma, and which block answers for it."
 ONE_EXAMPLE = "one sequence"
 ABOUT_CURVE = "bits on text kept apart"
+curve = curve_of_bits
 
 
 class Step(nnx.Module):
@@ -63,8 +61,3 @@ def data_shown(task: NextToken, data: Any) -> DataShown:
     """The text, for the page that is made before training."""
     del task
     return text_shown(data)
-
-
-def curve(lines: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """(steps, ABOUT_CURVE there) of a log: on the validation split, or without one on the test split."""
-    return next(iter(held_out_curves(lines, "bits").values()), ([], []))

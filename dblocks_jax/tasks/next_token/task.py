@@ -1,7 +1,5 @@
 """Tokens to the next token: the plain decoder, and blocks that each denoise the embedding of the next token."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,15 +11,18 @@ from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from dblocks_jax.diffusion.gaussian import Gaussian
-from dblocks_jax.models.blueprint import Blueprint, Params
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.dblock_llama import make_dblock_llama
 from dblocks_jax.models.llama import Llama
 from dblocks_jax.tasks.gaussian import gaussian
 from dblocks_jax.tasks.next_token import config as fields
+from dblocks_jax.tasks.next_token.generation import make_writer
 from dblocks_jax.tasks.next_token.objective import denoising_losses, plain_losses
-from dblocks_jax.tasks.next_token.scores import make_score
+from dblocks_jax.tasks.next_token.scores import make_logits
 from dblocks_jax.tasks.task import Draws, Entry, Losses, MainScore, Scorer
-from dblocks_jax.tasks.text import TextCard, card_without_data, crop
+from dblocks_jax.tasks.text import TextCard, card_without_data, crop, find_data
+from dblocks_jax.tasks.text_order import LogitsOf, make_scorer
+from dblocks_jax.tasks.text_writing import Writer
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,19 @@ class NextToken:
     def scorer(self, blueprint: Blueprint, mesh: Mesh) -> Scorer:
         """The bits of a character of held-out text."""
         del mesh
-        score = make_score(self.config, blueprint, self.card)
+        return make_scorer(self, blueprint)
 
-        def run(params: dict[str, Params], data: Any, split: str, at_each_batch: Callable[[], None]) -> dict[str, Any]:
-            found = score(params, data.split(split), at_each_batch)
-            return found if math.isfinite(found["bits"]) else found | {"diverged": True}
+    def logits_of(self, blueprint: Blueprint) -> LogitsOf:
+        """Those of every token but the first, of blocks by the first block."""
+        return make_logits(self.config, blueprint)
 
-        return run
+    def writer(self, blueprint: Blueprint) -> Writer:
+        """What continues texts."""
+        return make_writer(self.config, blueprint)
+
+    def written_at_once(self) -> int:
+        """Texts that are written side by side."""
+        return self.config.eval_batch_size
 
     def tell(self, scores: dict[str, Any]) -> str:
         """A line of the log."""
@@ -93,7 +100,7 @@ NEXT_TOKEN = Entry(
     name="next_token",
     check=fields.check,
     num_blocks=fields.num_blocks,
-    find_data=fields.find_data,
+    find_data=find_data,
     card=TextCard.of,
     card_without_data=card_without_data,
     make=NextToken,

@@ -4,15 +4,13 @@ import math
 from typing import Any
 
 from dblocks_jax.pages.findings import Findings, block_curves, held_out_picture
-from dblocks_jax.tasks.next_token.task import NextToken
+from dblocks_jax.tasks.text_order import InOrder
 from dblocks_jax.tasks.text_scores import rows_about_texts
 
 TEXTS = 6  # that are shown
 
 
-def look(
-    task: NextToken, found: dict[str, Any], written: list[tuple[str, str]], lines: list[dict[str, Any]]
-) -> Findings:
+def look(task: InOrder, found: dict[str, Any], written: list[tuple[str, str]], lines: list[dict[str, Any]]) -> Findings:
     """Choose what is shown of a decoder. `found` are its scores, `written` beginnings and what it wrote after them.
 
     `lines` are those of its log.
@@ -25,7 +23,7 @@ def look(
     return Findings(found, values, draw(lines, task), {})
 
 
-def draw(lines: list[dict[str, Any]], task: NextToken) -> dict[str, str]:
+def draw(lines: list[dict[str, Any]], task: InOrder) -> dict[str, str]:
     """Curves over the training steps."""
     drawn = {}
     if any("blocks" in line for line in lines):
