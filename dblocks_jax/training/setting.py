@@ -158,8 +158,8 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
 
 
-def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:
-    """The jitted training step that a config describes; see `make_train_step`."""
+def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, mesh: Mesh) -> TrainStep:
+    """The jitted training step that a config describes, on the devices of `mesh`; see `make_train_step`."""
     return make_train_step(
         task,
         blueprint,
@@ -168,14 +168,9 @@ def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Pa
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate_grad_batches,
-        parallel=parallel,
+        mesh=mesh,
+        parallel=Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None,
     )
-
-
-def parallel_of(setting: Setting) -> Parallel | None:
-    """How blocks train side by side, if they do."""
-    config = setting.config
-    return Parallel(setting.mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
 
 
 def memoized(build: Callable[[Stage], Model]) -> Callable[[Stage], Model]:

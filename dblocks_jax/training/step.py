@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dblocks_jax.data.feed import Resident, Streamed
@@ -69,6 +69,7 @@ def make_train_step(
     clip_norm: float,
     accumulate: int,
     ema_decay: float = 0.0,
+    mesh: Mesh | None = None,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
@@ -79,7 +80,8 @@ def make_train_step(
     position), not of how many steps one call makes. A step whose loss or gradient is not finite changes nothing, and
     says so in the metric SKIPPED.
 
-    With `parallel` one call trains all blocks, each on its own devices: see `Parallel`.
+    With `parallel` one call trains all blocks, each on its own devices: see `Parallel`. Else parts are on every device
+    of `mesh`. What comes out lies where it came in: a compiler that chose would be free to spread it.
     """
     together = {} if parallel is None else {"combine": parallel.combine}
 
@@ -125,7 +127,18 @@ def make_train_step(
         # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
         return jax.lax.fori_loop(0, steps.count, body, (parts, log))
 
-    return jax.jit(train_steps if parallel is None else parallel.spread(train_steps), donate_argnums=0)
+    if parallel is not None:
+        placed, log_placed = parallel.placed
+        return _placed(parallel.spread(train_steps), placed, log_placed)
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return _placed(train_steps, everywhere, everywhere)
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def _placed(train_steps: TrainStep, parts: Any, log: Any) -> TrainStep:
+    """`train_steps` jitted: `parts` says where parts come in and go out, donated, and `log` where metrics go."""
+    return jax.jit(train_steps, donate_argnums=0, in_shardings=(parts, None, None), out_shardings=(parts, log))
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,12 @@ class Parallel:
     mesh: Mesh
     isolated: bool
 
+    @property
+    def placed(self) -> tuple[tuple[NamedSharding, NamedSharding], NamedSharding]:
+        """Where (the first parts and the blocks, metrics) lie."""
+        by_block = NamedSharding(self.mesh, PartitionSpec(BLOCK))
+        return (by_block if self.isolated else NamedSharding(self.mesh, PartitionSpec()), by_block), by_block
+
     def combine(self, grads: tuple[Params, ...], is_sound: Bool[Array, ""]) -> Any:
         """The gradients that all blocks agree on, and whether to apply them: common ones if those of all are finite."""
         if self.isolated:
@@ -151,7 +170,7 @@ class Parallel:
         """`train_steps` of one block, made to run for each block on the devices that hold it."""
         by_block: Any = PartitionSpec(BLOCK)
         common: Any = PartitionSpec()
-        parts_spec = (by_block if self.isolated else common, by_block)
+        parts_spec = tuple(placed.spec for placed in self.placed[0])
         steps_spec = Steps(count=common, block=by_block, position=common, lr=common, share=by_block)
 
         def on_one_group(parts, data, steps):
