@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from saved import state_of
 
 from configs import dblock_digits, dit_digits, mask_text
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.data.feed import Streamed
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
@@ -27,7 +29,7 @@ from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.generate.task import Generate
 from dblocks_jax.tasks.mask.task import Mask
-from dblocks_jax.tasks.task import Task
+from dblocks_jax.tasks.task import Losses, Task
 from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.training.config import trained_blocks
 from dblocks_jax.training.optimizer import adamw, new_part
@@ -159,8 +161,6 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
     """With the same embeddings nothing changes; with others z moves by the difference of the estimates."""
-    from flax import nnx
-
     from dblocks_jax.models.dblock_vit import make_isolated_dblock_vit
     from dblocks_jax.tasks.classify.denoiser import denoise_step
 
@@ -344,3 +344,43 @@ def collectives(program: str) -> set[str]:
 
 def test_what_a_run_trains():
     assert trained_blocks(CLASSIFY, tiny()) == (0, 1, 2) and trained_blocks(CLASSIFY, tiny(train_blocks=(1,))) == (1,)
+
+
+class Number(nnx.Module):
+    """A number for each example of a batch of eight: its gradient is where its example is."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.arange(8.0))
+
+
+class OneNumberEach(Task):
+    """The loss of an example is of its own numbers, so a compiler is free to leave them where the example is."""
+
+    corruption = None
+
+    def losses(self, modules, example, level, draws):
+        del level, draws
+        return Losses(sum((module.w[...] - example["label"]) ** 2 for module in modules), None, {})
+
+
+@several
+@pytest.mark.parametrize(("groups", "sharing"), [(1, None), (3, "shared"), (3, "isolated"), (6, "isolated")])
+def test_what_a_step_trains_comes_out_where_it_came_in_on_several(groups, sharing):
+    """Even what XLA would rather spread over the data's devices, as it does here unless it is told."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[: 6 if groups > 1 else 4]).reshape(-1, groups), ("data", BLOCK))
+    blueprint, params = Blueprint.of({"shared": Number(), "block_0": Number()})
+    parallel = None if sharing is None else Parallel(mesh, sharing == "isolated")
+    step = make_train_step(
+        OneNumberEach(), blueprint, seed=0, weight_decay=0.01, clip_norm=1.0, accumulate=1, mesh=mesh, parallel=parallel
+    )
+    parts = tuple(jax.device_get(new_part(params[name])) for name in ("shared", "block_0"))
+    if parallel is None:
+        active = replicate(parts, mesh)
+    else:
+        of_blocks = [stack_over_blocks([part] * groups, mesh) for part in parts]
+        active = (of_blocks[0] if parallel.isolated else replicate(parts[0], mesh), of_blocks[1])
+    steps = steps_of(np.int32(0) if parallel is None else np.arange(groups, dtype=np.int32), None)
+    compiled = step.lower(active, batch_on(mesh), steps).compile()
+    came_in, came_out = compiled.input_shardings[0][0], compiled.output_shardings[0]
+    for leaf, before, after in zip(*map(jax.tree.leaves, (active, came_in, came_out)), strict=True):
+        assert after.is_equivalent_to(before, leaf.ndim) and after.is_equivalent_to(leaf.sharding, leaf.ndim)

@@ -16,6 +16,7 @@ from dblocks_jax.training.config import arithmetic, check_config, rest_on_host
 
 MIB = 2**20
 
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device during a step. `total` is XLA's account of the compiled step, the idle blocks come on top."""
@@ -59,9 +60,7 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
     return result
 
 
-def step_memory(
-    entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None
-) -> Memory:
+def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None) -> Memory:
     """Compile the step that training would run, and read XLA's account of it on a device. Allocates nothing."""
     wanted = wanted_step(entry, config, card, devices)
     analysis = wanted.compile().memory_analysis()

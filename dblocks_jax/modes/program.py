@@ -61,9 +61,7 @@ def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_b
     return config
 
 
-def wanted_step(
-    entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None
-) -> WantedStep:
+def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None) -> WantedStep:
     """The step of a config on all devices, or on these, which need not be here.
 
     Raises:
