@@ -8,8 +8,8 @@ import jax
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.feed import RESIDENT_BYTES
+from dblocks_jax.modes.fitting import smallest_that_fits, which_fit
 from dblocks_jax.modes.program import ROWS, bytes_on_device, total_bytes, variant, wanted_step
-from dblocks_jax.run.devices import make_mesh
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, rest_on_host
@@ -38,8 +38,6 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
     """
     entry = entry_of(config)
     check_config(entry, config)
-    if config.block_parallel:
-        make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
     card = entry.card_without_data(config)
     rows = {
         name: step_memory(entry, variant(entry, config, plain=plain, remat=remat), card) for name, plain, remat in ROWS
@@ -56,11 +54,14 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
         for name, peak in result["peak_bytes_in_use"].items():
             print(f"{name}: {peak / MIB:.0f} MiB really used at the peak")
     if gib is not None:
-        result["fits"] = _fits(entry, config, card, rows, gib)
+        needed = {name: memory.total + memory.idle for name, memory in rows.items()}
+        result["fits"] = which_fit(needed, gib) | smallest_that_fits(
+            entry, config, gib, devices=jax.local_device_count(), need=lambda smaller: _needed(entry, smaller, card)
+        )
     return result
 
 
-def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None) -> Memory:
+def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any] | None = None) -> Memory:
     """Compile the step that training would run, and read XLA's account of it on a device. Allocates nothing."""
     wanted = wanted_step(entry, config, card, devices)
     analysis = wanted.compile().memory_analysis()
@@ -77,6 +78,11 @@ def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[j
     )
 
 
+def _needed(entry: Entry, config: ConfigDict, card: Any) -> int:
+    memory = step_memory(entry, config, card)
+    return memory.total + memory.idle
+
+
 def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
     """The paper's 4P + A, over B for DiffusionBlocks; P and A are the plain model's, A as measured for it.
 
@@ -85,27 +91,6 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
     plain = rows["plain + remat" if name.endswith("remat") else "plain"]
     needed = 4 * plain.parameters + plain.averages + plain.activations
     return needed // (num_blocks if name.startswith("Diffusion") else 1)
-
-
-def _fits(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
-    """Which rows fit, and the smallest number of blocks with which DiffusionBlocks do."""
-    limit = gib * 2**30
-    fits: dict[str, Any] = {name: memory.total + memory.idle <= limit for name, memory in rows.items()}
-    devices = jax.local_device_count() if config.block_parallel else 0
-    divisors = [b for b in range(1, config.num_layers + 1) if config.num_layers % b == 0 and devices % b == 0]
-    for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
-        fits[name] = None
-        for num_blocks in divisors:
-            smaller = variant(entry, config, plain=False, remat=remat, num_blocks=num_blocks)
-            memory = step_memory(entry, smaller, card)
-            if memory.total + memory.idle <= limit:
-                fits[name] = num_blocks
-                break
-    for name in rows:
-        print(f"{name}: {'fits' if fits[name] else 'does not fit'} in {gib:g} GiB")
-    for name, what in (("smallest_b", "DiffusionBlocks"), ("smallest_b_with_remat", "DiffusionBlocks + remat")):
-        print(f"{what}: " + (f"num_blocks={fits[name]} is the smallest that fits" if fits[name] else "nothing fits"))
-    return fits
 
 
 def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]) -> str:
@@ -125,14 +110,18 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
         f"activations: all temporaries less the gradients; formula: {formula_of} with the plain model's P and A."
     )
-    lines.append(f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
+    return "\n".join([*lines, *what_comes_on_top(config)])
+
+
+def what_comes_on_top(config: ConfigDict) -> list[str]:
+    """Lines below a table about what is not in the totals."""
     waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
-    lines.append(
+    return [
+        f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.",
         "No block is idle: each has devices of its own (block_parallel)."
         if config.block_parallel
-        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks})."
-    )
-    return "\n".join(lines)
+        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks}).",
+    ]
 
 
 def _peaks(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory]) -> dict[str, int]:

@@ -29,26 +29,27 @@ ROWS = (
 
 @dataclass(frozen=True)
 class WantedStep:
-    """The step that a config describes and the shapes of its arguments, each with its place. Nothing is allocated."""
+    """The step that a config describes, and shapes for its arguments, each with its place. Nothing is allocated."""
 
     config: ConfigDict
     mesh: Mesh
     step: TrainStep
     parts: tuple[Any, ...]  # what it trains
     data: Streamed
-    steps: Steps
+    steps: Steps  # of the first block, or of all
     idle: Any  # the parts that wait
 
     def compile(self) -> Any:
         """The compiled program, as training would run it."""
         with arithmetic(self.config):
-            return self.step.lower(self.parts, self.data, self.steps).compile()
+            return self.step.lower(self.parts, self.data, _placed(self.steps, self.mesh, PartitionSpec())).compile()
 
     def zeros(self) -> tuple[tuple[Any, ...], Streamed, Steps]:
         """Arguments to run it with, where the devices are here."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), (self.parts, self.data, self.steps)
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), (self.parts, self.data)
         )
+        return *zeros, self.steps
 
 
 def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_blocks: int | None = None) -> ConfigDict:
@@ -61,7 +62,7 @@ def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_b
     return config
 
 
-def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[jax.Device] | None = None) -> WantedStep:
+def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any] | None = None) -> WantedStep:
     """The step of a config on all devices, or on these, which need not be here.
 
     Raises:
@@ -80,6 +81,7 @@ def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[j
     shares = None if task.corruption is None else task.corruption.shares
     block, share, parts = np.int32(0), None if shares is None else shares[0], replicated(active, mesh)
     if config.block_parallel:
+        assert shares is not None
         block, share = np.arange(config.num_blocks, dtype=np.int32), stack_shares(shares)
         both = (config.sharing == "isolated", True)
         parts = tuple(_of_blocks(p, mesh) if own else q for p, q, own in zip(active, parts, both, strict=True))
@@ -91,7 +93,7 @@ def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[j
         step=make_step(config, task, blueprint, mesh),
         parts=parts,
         data=_placed(batch, mesh, PartitionSpec(DATA)),
-        steps=_placed(jax.tree.map(np.asarray, steps), mesh, PartitionSpec()),
+        steps=steps,
         idle=replicated(mine, mesh),
     )
 

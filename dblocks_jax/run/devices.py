@@ -15,7 +15,7 @@ from dblocks_jax.run.errors import UserError, brief
 DATA, BLOCK = "data", "block"  # the mesh's axes
 
 
-def make_mesh(groups: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(groups: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Every device of every process, or these, in `groups` along "block" and the rest along "data".
 
     Raises:
