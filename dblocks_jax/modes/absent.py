@@ -146,7 +146,7 @@ def _cost(compiled: Any) -> dict[str, float]:
 
 
 def _needed(row: Estimate | str) -> float:
-    return float("inf") if isinstance(row, str) else row.needed
+    return float("inf") if isinstance(row, str) else float(row.needed)
 
 
 def _as_json(row: Estimate | str, target: Target, config: ConfigDict) -> dict[str, Any]:

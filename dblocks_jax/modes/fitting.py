@@ -9,7 +9,7 @@ from dblocks_jax.modes.program import variant
 from dblocks_jax.tasks.task import Entry
 
 
-def which_fit(needed: Mapping[str, float], gib: float, *, where: str = "") -> dict[str, bool]:
+def which_fit(needed: Mapping[str, int | float], gib: float, *, where: str = "") -> dict[str, bool]:
     """Say and return which rows fit, from the bytes that each needs; `where` begins each line."""
     fits = {name: total <= gib * 2**30 for name, total in needed.items()}
     for name, does in fits.items():
@@ -23,7 +23,7 @@ def smallest_that_fits(
     gib: float,
     *,
     devices: int,
-    need: Callable[[ConfigDict], float],
+    need: Callable[[ConfigDict], int | float],
     where: str = "",
 ) -> dict[str, Any]:
     """Say and return the smallest number of blocks with which DiffusionBlocks fit, without remat and with it.
