@@ -22,6 +22,7 @@ from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
+from dblocks_jax.modes.program import wanted_step
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
@@ -31,7 +32,7 @@ from dblocks_jax.tasks.generate.task import Generate
 from dblocks_jax.tasks.mask.task import Mask
 from dblocks_jax.tasks.task import Losses, Task
 from dblocks_jax.tasks.text import TextCard
-from dblocks_jax.training.config import trained_blocks
+from dblocks_jax.training.config import arithmetic, trained_blocks
 from dblocks_jax.training.optimizer import adamw, new_part
 from dblocks_jax.training.setting import new_model
 from dblocks_jax.training.step import Parallel, Steps, make_train_step, stack_shares
@@ -344,6 +345,21 @@ def collectives(program: str) -> set[str]:
 
 def test_what_a_run_trains():
     assert trained_blocks(CLASSIFY, tiny()) == (0, 1, 2) and trained_blocks(CLASSIFY, tiny(train_blocks=(1,))) == (1,)
+
+
+@several
+@pytest.mark.parametrize("sharing", ["shared", "isolated"])
+def test_the_memory_tables_program_is_that_of_training_on_several(sharing):
+    """Lowered for shapes and places that are only said, and for the arrays that training has."""
+    config = tiny(block_parallel=True, sharing=sharing, batch_size=8)
+    wanted = wanted_step(CLASSIFY, config, CARD)
+    _, parts, shares, blueprint = build(sharing, False, None)
+    active = stacked(parts, blueprint, sharing, wanted.mesh)
+    data = batch_on(wanted.mesh)
+    del data.batch["tokens"]
+    with arithmetic(config):
+        program = wanted.step.lower(active, data, steps_of(ALL, stack_shares(shares)))
+    assert wanted.lower().as_text() == program.as_text()
 
 
 class Number(nnx.Module):

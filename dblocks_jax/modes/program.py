@@ -39,10 +39,14 @@ class WantedStep:
     steps: Steps  # of the first block, or of all
     idle: Any  # the parts that wait
 
-    def compile(self) -> Any:
-        """The compiled program, as training would run it."""
+    def lower(self) -> Any:
+        """The program that training would run, before it is compiled."""
         with arithmetic(self.config):
-            return self.step.lower(self.parts, self.data, _placed(self.steps, self.mesh, PartitionSpec())).compile()
+            return self.step.lower(self.parts, self.data, _placed(self.steps, self.mesh, PartitionSpec()))
+
+    def compile(self) -> Any:
+        """The compiled program."""
+        return self.lower().compile()
 
     def zeros(self) -> tuple[tuple[Any, ...], Streamed, Steps]:
         """Arguments to run it with, where the devices are here."""

@@ -127,18 +127,14 @@ def make_train_step(
         # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
         return jax.lax.fori_loop(0, steps.count, body, (parts, log))
 
-    if parallel is not None:
-        placed, log_placed = parallel.placed
-        return _placed(parallel.spread(train_steps), placed, log_placed)
-    if mesh is not None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return _placed(train_steps, everywhere, everywhere)
-    return jax.jit(train_steps, donate_argnums=0)
-
-
-def _placed(train_steps: TrainStep, parts: Any, log: Any) -> TrainStep:
-    """`train_steps` jitted: `parts` says where parts come in and go out, donated, and `log` where metrics go."""
-    return jax.jit(train_steps, donate_argnums=0, in_shardings=(parts, None, None), out_shardings=(parts, log))
+    run = train_steps if parallel is None else parallel.spread(train_steps)
+    mesh = mesh if parallel is None else parallel.mesh
+    if mesh is None:
+        return jax.jit(run, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    parts, log = (everywhere, everywhere) if parallel is None else parallel.placed
+    # A batch comes from its feed, in one of two forms.
+    return jax.jit(run, donate_argnums=0, in_shardings=(parts, None, everywhere), out_shardings=(parts, log))
 
 
 @dataclass(frozen=True)
