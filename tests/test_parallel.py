@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from saved import state_of
 
 from configs import dblock_digits, dit_digits, mask_text
@@ -22,10 +23,10 @@ from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
-from dblocks_jax.modes.program import wanted_step
+from dblocks_jax.modes.program import bytes_on_device, wanted_step
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
-from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
+from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, replicated, shard, spread, stack_over_blocks, unstack
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.generate.task import Generate
@@ -400,3 +401,35 @@ def test_what_a_step_trains_comes_out_where_it_came_in_on_several(groups, sharin
     came_in, came_out = compiled.input_shardings[0][0], compiled.output_shardings[0]
     for leaf, before, after in zip(*map(jax.tree.leaves, (active, came_in, came_out)), strict=True):
         assert after.is_equivalent_to(before, leaf.ndim) and after.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@several
+def test_arrays_are_shared_out_along_their_largest_even_axis_on_several():
+    """Over six devices; what cannot be cut evenly is on each."""
+    shapes = {"a": jnp.zeros((6, 12, 5)), "b": jnp.zeros((18, 12)), "c": jnp.zeros((5, 7)), "d": jnp.zeros(())}
+    found = {name: sharding.spec for name, sharding in spread(shapes, make_mesh()).items()}
+    expected = {"a": (None, "data"), "b": ("data",), "c": (), "d": ()}
+    assert found == {name: PartitionSpec(*spec) for name, spec in expected.items()}
+
+
+@pytest.mark.long
+@several
+def test_a_run_with_parameters_shared_out_is_that_without_on_several(tmp_path):
+    """To rounding; each device holds a part of what is trained; and either goes on from the other's checkpoint."""
+    sizes = {"sharing": "shared", "batch_size": 600, "hidden_size": 12, "intermediate_size": 24}
+    for name, first, then in (("plain", False, True), ("spread", True, False)):
+        config = tiny(**sizes, num_epochs=2, scheduler_type="constant_with_warmup", shard_parameters=first)
+        config.update(max_steps=3)
+        assert run(config, tmp_path / name)["step"] == 3
+        config.update(max_steps=6, shard_parameters=then)
+        assert run(config, tmp_path / name)["steps_run"] == 3
+    expected, found = (state_of(tmp_path / name, 6) for name in ("plain", "spread"))
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+    wanted = wanted_step(CLASSIFY, tiny(**sizes, shard_parameters=True), CARD)
+    compiled = wanted.compile()
+    assert compiled.memory_analysis().argument_size_in_bytes < bytes_on_device(replicated(wanted.parts, wanted.mesh)), (
+        "a part of the parameters is elsewhere"
+    )
+    for leaf, after in zip(jax.tree.leaves(wanted.parts), jax.tree.leaves(compiled.output_shardings[0]), strict=True):
+        assert after.is_equivalent_to(leaf.sharding, leaf.ndim)

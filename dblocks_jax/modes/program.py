@@ -11,11 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dblocks_jax.data.feed import Streamed
-from dblocks_jax.run.devices import BLOCK, DATA, check_batch_size, make_mesh, replicated
+from dblocks_jax.run.devices import BLOCK, DATA, check_batch_size, make_mesh, replicated, spread
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, trained_blocks
-from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.setting import make_step, shapes_of
+from dblocks_jax.training.setting import make_step, part_shapes, shapes_of
 from dblocks_jax.training.step import Steps, TrainStep, stack_shares
 
 # (row of a table, whether it is of the plain network, whether with gradient checkpointing)
@@ -76,14 +75,13 @@ def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[A
     check_batch_size("batch_size", config.batch_size, mesh)
     task = entry.make(config, card)
     blueprint, params = shapes_of(task)
-    shapes = jax.eval_shape(
-        lambda: {name: new_part(part, averaged=config.ema_decay > 0) for name, part in zeros_like(params).items()}
-    )
+    shapes = part_shapes(config, params)
     blocks = trained_blocks(entry, config)
     mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
     active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))
     shares = None if task.corruption is None else task.corruption.shares
-    block, share, parts = np.int32(0), None if shares is None else shares[0], replicated(active, mesh)
+    lie = _spread if config.shard_parameters else replicated
+    block, share, parts = np.int32(0), None if shares is None else shares[0], lie(active, mesh)
     if config.block_parallel:
         assert shares is not None
         block, share = np.arange(config.num_blocks, dtype=np.int32), stack_shares(shares)
@@ -98,7 +96,7 @@ def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[A
         parts=parts,
         data=_placed(batch, mesh, PartitionSpec(DATA)),
         steps=steps,
-        idle=replicated(mine, mesh),
+        idle=lie(mine, mesh),
     )
 
 
@@ -107,6 +105,14 @@ def _of_blocks(shapes: Any, mesh: Mesh) -> Any:
     count = mesh.shape[BLOCK]
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), shapes)
     return _placed(stacked, mesh, PartitionSpec(BLOCK))
+
+
+def _spread(shapes: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        spread(shapes, mesh),
+    )
 
 
 def _placed(shapes: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -129,8 +135,3 @@ def total_bytes(analysis: Any) -> int:
         - analysis.alias_size_in_bytes  # results that take the place of arguments
         + analysis.temp_size_in_bytes
     )
-
-
-def zeros_like(shapes: Any) -> Any:
-    """Arrays of these shapes."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -62,6 +62,19 @@ def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(), memory_kind=memory), tree)
 
 
+def spread(shapes: Any, mesh: Mesh, memory: str = "device") -> Any:
+    """Where arrays lie that "data" shares out: each along the largest of its axes that can be cut evenly, if any."""
+    count = mesh.shape[DATA]
+
+    def place(leaf: Any) -> NamedSharding:
+        even = [axis for axis, size in enumerate(leaf.shape) if size % count == 0]
+        axis = max(even, key=lambda axis: leaf.shape[axis], default=None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, DATA)
+        return NamedSharding(mesh, spec, memory_kind=memory)
+
+    return jax.tree.map(place, shapes)
+
+
 def replicated(shapes: Any, mesh: Mesh, memory: str = "device") -> Any:
     """Shapes of arrays that are to be placed as `replicate` places them. Nothing is allocated."""
     sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)

@@ -70,6 +70,7 @@ def make_train_step(
     accumulate: int,
     ema_decay: float = 0.0,
     mesh: Mesh | None = None,
+    placed: Any = None,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
@@ -81,7 +82,8 @@ def make_train_step(
     says so in the metric SKIPPED.
 
     With `parallel` one call trains all blocks, each on its own devices: see `Parallel`. Else parts are on every device
-    of `mesh`. What comes out lies where it came in: a compiler that chose would be free to spread it.
+    of `mesh`, or lie as the shardings `placed` of their leaves say. What comes out lies where it came in: a compiler
+    that chose would be free to spread it.
     """
     together = {} if parallel is None else {"combine": parallel.combine}
 
@@ -132,7 +134,7 @@ def make_train_step(
     if mesh is None:
         return jax.jit(run, donate_argnums=0)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    parts, log = (everywhere, everywhere) if parallel is None else parallel.placed
+    parts, log = (placed or everywhere, everywhere) if parallel is None else parallel.placed
     # A batch comes from its feed, in one of two forms.
     return jax.jit(run, donate_argnums=0, in_shardings=(parts, None, everywhere), out_shardings=(parts, log))
 
