@@ -1,6 +1,5 @@
 """Devices that are not here: what their names mean, and the table of what a step needs on them."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -240,9 +239,7 @@ def test_what_a_step_trains_comes_out_where_it_came_in_on_devices_that_are_not_h
     came_out = jax.tree.leaves(compiled.output_shardings[0])
     for leaf, after in zip(leaves, came_out, strict=True):
         assert after.is_equivalent_to(leaf.sharding, leaf.ndim)
+    assert compiled.as_text().count("-alias)") == len(leaves)  # each takes the place of what came in
     found = read_estimate(compiled, dict(wanted.mesh.shape), idle=0)
-    assert found.aliases == sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
     between = {what for what in found.collectives if "block" in what}
     assert between == (set() if sharing == "isolated" else {"all-reduce over block"})

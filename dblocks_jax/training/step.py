@@ -99,11 +99,16 @@ def make_train_step(
 
     def one_step(parts: tuple[Part, ...], batch: Any, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
+        if placed is not None:  # else XLA would cut the network's own arrays as it finds its parameters cut
+            assert mesh is not None
+            params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
         key = jax.random.fold_in(stream(seed, "train", steps.position + i), steps.block)
         if accumulate == 1:
             grads, metrics = gradient(params, batch, key, steps.share)
         else:
             grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, batch, key, steps.share)
+        if placed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, tuple(part.params for part in placed))
         is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
             parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
