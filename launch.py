@@ -33,6 +33,7 @@ import dblocks_jax
 from configs import classify, generate, mask, next_token, recurrent
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
+from dblocks_jax.run.targets import parse_targets, prepare_environment
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the config file, such as configs/dblock_digits.py.")
 MODES = {
@@ -66,6 +67,9 @@ TRAIN_ON_SAMPLES = flags.DEFINE_bool(
     "For eval of a generator: score classifiers trained on its samples and on real images, too.",
 )
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
+TARGET = flags.DEFINE_string(
+    "target", None, "For memory: devices that are not here, with commas between: h100, a100, v5e, h100:1x2x8, v5e:4x4."
+)
 # task -> the config file with all of its fields
 DEFAULTS = {
     "classify": classify,
@@ -83,6 +87,7 @@ MODES_OF = {
     "images": ("predict",),
     "source": ("import",),
     "gib": ("memory",),
+    "target": ("memory",),
     "classes": ("sample",),
     "count": ("sample",),
     "text": ("sample", "predict"),
@@ -146,6 +151,10 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
         return f"--mode={mode} needs {' or '.join(f'--{flag}' for flag in needed)}"
     if GIB.value is not None and not 0 < GIB.value < math.inf:
         return f"--gib must be a finite number greater than 0, not {GIB.value}"
+    try:
+        parse_targets(TARGET.value or "h100")
+    except UserError as error:
+        return f"--target: {error}"
     if rest and (mode not in ("compare", "predict") or not flags.FLAGS[NEEDED[mode][0]].present):
         return f"unexpected argument {rest[0]!r}: flags start with --"
     if config is None:  # comparing reads those of the runs
@@ -193,6 +202,8 @@ def main(argv: list[str]) -> None:
         name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
         folder = f"checkpoints/{name}{config.postfix}"
     workdir = Path(WORKDIR.value or folder)
+    if TARGET.value is not None:
+        prepare_environment()  # before JAX starts
     _log_our_own_lines()
     _hide_what_is_raised_anyway()
     _keep_compiled_programs()
@@ -270,6 +281,10 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
             from dblocks_jax.modes.inspect import inspect
 
             return inspect(config, workdir)
+        case "memory" if TARGET.value is not None:
+            from dblocks_jax.modes.absent import absent_table
+
+            return absent_table(config, parse_targets(TARGET.value), gib=GIB.value)
         case "memory":
             from dblocks_jax.modes.memory import memory_table
 

@@ -122,9 +122,10 @@ def our_step(config: Any) -> Callable[[], None]:
     """One training step of block 0 of ours, to its end."""
     task = Generate(config, CARD)
     blueprint, params = new_model(task, 0)
-    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), make_mesh())
+    mesh = make_mesh()
+    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), mesh)
     state = {"active": tuple(parts[name] for name in blueprint.names(0)), "position": 0}
-    step = make_step(config, task, blueprint)
+    step = make_step(config, task, blueprint, mesh)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (config.batch_size, *CARD.image_shape), np.uint8),

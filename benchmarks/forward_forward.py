@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
 
     began = time.perf_counter()
     with arithmetic(config):
-        step = make_step(config, task, blueprint)
+        step = make_step(config, task, blueprint, mesh)
         total = count_steps(CLASSIFY, config, len(source)).steps
         lr_at = schedule(config, total)
         feed = make_feed(

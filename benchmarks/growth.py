@@ -38,18 +38,16 @@ MIB = 2**20
 def measure(sizes: dict[str, int], model_type: str, repeats: int) -> dict[str, float]:
     """{"mib", "ms"} of one step."""
     import jax
-    import jax.numpy as jnp
 
     from benchmarks import ours
-    from dblocks_jax.modes.memory import build_step, total_bytes
-    from dblocks_jax.training.config import arithmetic
+    from dblocks_jax.modes.program import total_bytes, wanted_step
+    from dblocks_jax.tasks.classify.task import CLASSIFY
 
     sizes = sizes | {"intermediate_size": 4 * sizes["hidden_size"], "num_heads": sizes["hidden_size"] // 32}
     config = ours.get_config("dblock", sizes | {"model_type": model_type})
-    step, parts, _, data, steps = build_step(config, ours.CIFAR100)
-    with arithmetic(config):
-        compiled = step.lower(parts, data, steps).compile()
-    parts, data = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (parts, data))
+    wanted = wanted_step(CLASSIFY, config, ours.CIFAR100)
+    compiled = wanted.compile()
+    parts, data, steps = wanted.zeros()
     times = []
     for _ in range(1 + repeats):
         began = time.perf_counter()

@@ -28,18 +28,17 @@ def make(model_type: str) -> tuple[float, Any]:
     import numpy as np
 
     from configs import recurrent_text
-    from dblocks_jax.modes.memory import build_step, total_bytes, zeros_like
+    from dblocks_jax.modes.program import total_bytes, wanted_step
     from dblocks_jax.tasks.recurrent.task import RECURRENT
-    from dblocks_jax.training.config import arithmetic, check_config
+    from dblocks_jax.training.config import check_config
 
     config = recurrent_text.get_config()
     config.model_type = model_type
     check_config(RECURRENT, config)
     card = RECURRENT.card_without_data(config)
-    step, shapes, _, batch, steps = build_step(RECURRENT, config, card)
-    with arithmetic(config):
-        compiled = step.lower(shapes, batch, steps).compile()
-    parts, batch = zeros_like((shapes, batch))
+    wanted = wanted_step(RECURRENT, config, card)
+    compiled = wanted.compile()
+    parts, batch, steps = wanted.zeros()
 
     def run(position: int) -> None:
         nonlocal parts

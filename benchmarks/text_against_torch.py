@@ -166,9 +166,10 @@ def our_step(config: Any) -> Callable[[], None]:
     """One training step of block 0 of ours, to its end."""
     task: Any = entry_of(config).make(config, TextCard(letters(), config.text_length))
     blueprint, params = new_model(task, 0)
-    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), make_mesh())
+    mesh = make_mesh()
+    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), mesh)
     state = {"active": tuple(parts[name] for name in blueprint.names(0)), "position": 0}
-    step = make_step(config, task, blueprint)
+    step = make_step(config, task, blueprint, mesh)
     rng = np.random.default_rng(0)
     shapes = task.batch_shapes(config.batch_size)
     batch = {name: rng.integers(0, SYMBOLS, each.shape).astype(each.dtype) for name, each in shapes.items()}

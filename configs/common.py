@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     config.sharing = "shared"  # embeddings and head: "shared" by all blocks (released code), or "isolated": one a block
     config.train_blocks = ()  # if "isolated": train these blocks here, the others elsewhere; () is all of them
     config.block_parallel = False  # train all blocks at once, each on its own share of the devices
+    config.shard_parameters = False  # parameters and moments: a part on each device, instead of all on every one
 
     # Growing.
     config.grow_at = ()  # shares of the steps at which blocks are divided, such as (0.5,): one block first, then all

@@ -75,9 +75,9 @@ def steps() -> Iterator[list[Steps]]:
     seen: list[Steps] = []
     build, built = trainer.make_step, {}
 
-    def make_step(config, task, blueprint, parallel=None):
+    def make_step(config, task, blueprint, mesh):
         if config.sharing not in built:  # nothing else that a step depends on differs between the runs here
-            built[config.sharing] = build(config, task, blueprint, parallel)
+            built[config.sharing] = build(config, task, blueprint, mesh)
 
         def train_step(parts, data, steps):
             seen.append(steps)

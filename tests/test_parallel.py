@@ -11,25 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
 from saved import state_of
 
 from configs import dblock_digits, dit_digits, mask_text
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.data.feed import Streamed
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.vit import Architecture
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
+from dblocks_jax.modes.program import bytes_on_device, wanted_step
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
-from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, shard, stack_over_blocks, unstack
+from dblocks_jax.run.devices import BLOCK, make_mesh, replicate, replicated, shard, spread, stack_over_blocks, unstack
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.generate.task import Generate
 from dblocks_jax.tasks.mask.task import Mask
-from dblocks_jax.tasks.task import Task
+from dblocks_jax.tasks.task import Losses, Task
 from dblocks_jax.tasks.text import TextCard
-from dblocks_jax.training.config import trained_blocks
+from dblocks_jax.training.config import arithmetic, trained_blocks
 from dblocks_jax.training.optimizer import adamw, new_part
 from dblocks_jax.training.setting import new_model
 from dblocks_jax.training.step import Parallel, Steps, make_train_step, stack_shares
@@ -160,8 +164,6 @@ def test_mistakes_are_named(tmp_path, changes, message):
 
 def test_the_estimate_is_carried_over_to_the_next_blocks_embeddings(key):
     """With the same embeddings nothing changes; with others z moves by the difference of the estimates."""
-    from flax import nnx
-
     from dblocks_jax.models.dblock_vit import make_isolated_dblock_vit
     from dblocks_jax.tasks.classify.denoiser import denoise_step
 
@@ -345,3 +347,90 @@ def collectives(program: str) -> set[str]:
 
 def test_what_a_run_trains():
     assert trained_blocks(CLASSIFY, tiny()) == (0, 1, 2) and trained_blocks(CLASSIFY, tiny(train_blocks=(1,))) == (1,)
+
+
+@several
+@pytest.mark.parametrize("sharing", ["shared", "isolated"])
+def test_the_memory_tables_program_is_that_of_training_on_several(sharing):
+    """Lowered for shapes and places that are only said, and for the arrays that training has."""
+    config = tiny(block_parallel=True, sharing=sharing, batch_size=8)
+    wanted = wanted_step(CLASSIFY, config, CARD)
+    _, parts, shares, blueprint = build(sharing, False, None)
+    active = stacked(parts, blueprint, sharing, wanted.mesh)
+    data = batch_on(wanted.mesh)
+    del data.batch["tokens"]
+    with arithmetic(config):
+        program = wanted.step.lower(active, data, steps_of(ALL, stack_shares(shares)))
+    assert wanted.lower().as_text() == program.as_text()
+
+
+class Number(nnx.Module):
+    """A number for each example of a batch of eight: its gradient is where its example is."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.arange(8.0))
+
+
+class OneNumberEach(Task):
+    """The loss of an example is of its own numbers, so a compiler is free to leave them where the example is."""
+
+    corruption = None
+
+    def losses(self, modules, example, level, draws):
+        del level, draws
+        return Losses(sum((module.w[...] - example["label"]) ** 2 for module in modules), None, {})
+
+
+@several
+@pytest.mark.parametrize(("groups", "sharing"), [(1, None), (3, "shared"), (3, "isolated"), (6, "isolated")])
+def test_what_a_step_trains_comes_out_where_it_came_in_on_several(groups, sharing):
+    """Even what XLA would rather spread over the data's devices, as it does here unless it is told."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[: 6 if groups > 1 else 4]).reshape(-1, groups), ("data", BLOCK))
+    blueprint, params = Blueprint.of({"shared": Number(), "block_0": Number()})
+    parallel = None if sharing is None else Parallel(mesh, sharing == "isolated")
+    step = make_train_step(
+        OneNumberEach(), blueprint, seed=0, weight_decay=0.01, clip_norm=1.0, accumulate=1, mesh=mesh, parallel=parallel
+    )
+    parts = tuple(jax.device_get(new_part(params[name])) for name in ("shared", "block_0"))
+    if parallel is None:
+        active = replicate(parts, mesh)
+    else:
+        of_blocks = [stack_over_blocks([part] * groups, mesh) for part in parts]
+        active = (of_blocks[0] if parallel.isolated else replicate(parts[0], mesh), of_blocks[1])
+    steps = steps_of(np.int32(0) if parallel is None else np.arange(groups, dtype=np.int32), None)
+    compiled = step.lower(active, batch_on(mesh), steps).compile()
+    came_in, came_out = compiled.input_shardings[0][0], compiled.output_shardings[0]
+    for leaf, before, after in zip(*map(jax.tree.leaves, (active, came_in, came_out)), strict=True):
+        assert after.is_equivalent_to(before, leaf.ndim) and after.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+@several
+def test_arrays_are_shared_out_along_their_largest_even_axis_on_several():
+    """Over six devices; what cannot be cut evenly is on each."""
+    shapes = {"a": jnp.zeros((6, 12, 5)), "b": jnp.zeros((18, 12)), "c": jnp.zeros((5, 7)), "d": jnp.zeros(())}
+    found = {name: sharding.spec for name, sharding in spread(shapes, make_mesh()).items()}
+    expected = {"a": (None, "data"), "b": ("data",), "c": (), "d": ()}
+    assert found == {name: PartitionSpec(*spec) for name, spec in expected.items()}
+
+
+@pytest.mark.long
+@several
+def test_a_run_with_parameters_shared_out_is_that_without_on_several(tmp_path):
+    """To rounding; each device holds a part of what is trained; and either goes on from the other's checkpoint."""
+    sizes = {"sharing": "shared", "batch_size": 600, "hidden_size": 12, "intermediate_size": 24}
+    for name, first, then in (("plain", False, True), ("spread", True, False)):
+        config = tiny(**sizes, num_epochs=2, scheduler_type="constant_with_warmup", shard_parameters=first)
+        config.update(max_steps=3)
+        assert run(config, tmp_path / name)["step"] == 3
+        config.update(max_steps=6, shard_parameters=then)
+        assert run(config, tmp_path / name)["steps_run"] == 3
+    expected, found = (state_of(tmp_path / name, 6) for name in ("plain", "spread"))
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+    wanted = wanted_step(CLASSIFY, tiny(**sizes, shard_parameters=True), CARD)
+    compiled = wanted.compile()
+    assert compiled.memory_analysis().argument_size_in_bytes < bytes_on_device(replicated(wanted.parts, wanted.mesh)), (
+        "a part of the parameters is elsewhere"
+    )
+    for leaf, after in zip(jax.tree.leaves(wanted.parts), jax.tree.leaves(compiled.output_shardings[0]), strict=True):
+        assert after.is_equivalent_to(leaf.sharding, leaf.ndim)

@@ -36,8 +36,8 @@ FIELDS: dict[str, Any] = {
     "weight_decay": 0.01, "clip_norm": 1.0, "scheduler_type": "cosine", "scheduler_specific_kwargs": "{}",
     "num_warmup_steps": 100, "max_steps": 0, "ema_decay": 0.0, "seed": 0, "dtype": "float32",
     "prng_impl": "threefry2x32", "block_schedule": "random", "idle_blocks": "device", "sharing": "shared",
-    "train_blocks": (), "block_parallel": False, "grow_at": (), "begin_from": "", "val_fraction": 0.0, "wandb": False,
-    "postfix": "", "log_every_n_steps": 100, "eval_batch_size": 500,
+    "train_blocks": (), "block_parallel": False, "shard_parameters": False, "grow_at": (), "begin_from": "",
+    "val_fraction": 0.0, "wandb": False, "postfix": "", "log_every_n_steps": 100, "eval_batch_size": 500,
 }  # fmt: skip
 # Of what is generated.
 TAKEN = ("dataset", "data_dir", "image_size", "chunk_steps", "steps_per_call", "matmul_precision", "max_bad_steps")

@@ -1,30 +1,20 @@
 """What a training step needs on a device, without data or training: plain against DiffusionBlocks, remat or not."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.feed import RESIDENT_BYTES, Streamed
-from dblocks_jax.run.devices import make_mesh
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.data.feed import RESIDENT_BYTES
+from dblocks_jax.modes.fitting import smallest_that_fits, which_fit
+from dblocks_jax.modes.program import ROWS, bytes_on_device, total_bytes, variant, wanted_step
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, trained_blocks
-from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.setting import make_step, shapes_of
-from dblocks_jax.training.step import Steps
+from dblocks_jax.training.config import arithmetic, check_config, rest_on_host
 
 MIB = 2**20
-# (row, whether it is of the plain network, whether with gradient checkpointing)
-ROWS = (
-    ("plain", True, False),
-    ("plain + remat", True, True),
-    ("DiffusionBlocks", False, False),
-    ("DiffusionBlocks + remat", False, True),
-)
 
 
 @dataclass(frozen=True)
@@ -48,8 +38,6 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
     """
     entry = entry_of(config)
     check_config(entry, config)
-    if config.block_parallel:
-        make_mesh(config.num_blocks)  # refuses devices that cannot be shared out
     card = entry.card_without_data(config)
     rows = {
         name: step_memory(entry, variant(entry, config, plain=plain, remat=remat), card) for name, plain, remat in ROWS
@@ -66,35 +54,33 @@ def memory_table(config: ConfigDict, *, gib: float | None = None) -> dict[str, A
         for name, peak in result["peak_bytes_in_use"].items():
             print(f"{name}: {peak / MIB:.0f} MiB really used at the peak")
     if gib is not None:
-        result["fits"] = _fits(entry, config, card, rows, gib)
+        needed = {name: memory.total + memory.idle for name, memory in rows.items()}
+        result["fits"] = which_fit(needed, gib) | smallest_that_fits(
+            entry, config, gib, devices=jax.local_device_count(), need=lambda smaller: _needed(entry, smaller, card)
+        )
     return result
 
 
-def step_memory(entry: Entry, config: ConfigDict, card: Any) -> Memory:
-    """Compile the step that training would run, on one device, and read XLA's account of it. Allocates nothing."""
-    step, parts, idle, data, steps = build_step(entry, config, card)
-    with arithmetic(config):
-        analysis = step.lower(parts, data, steps).compile().memory_analysis()
-    parameters = _bytes([part.params for part in parts])
+def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any] | None = None) -> Memory:
+    """Compile the step that training would run, and read XLA's account of it on a device. Allocates nothing."""
+    wanted = wanted_step(entry, config, card, devices)
+    analysis = wanted.compile().memory_analysis()
+    parts = wanted.parts
+    parameters = bytes_on_device([part.params for part in parts])
     return Memory(
         parameters=parameters,
-        optimizer=_bytes([part.adam for part in parts]),
+        optimizer=bytes_on_device([part.adam for part in parts]),
         gradients=parameters,
         activations=analysis.temp_size_in_bytes - parameters,
-        averages=_bytes([part.average for part in parts]),
+        averages=bytes_on_device([part.average for part in parts]),
         total=total_bytes(analysis),
-        idle=0 if rest_on_host(entry, config) else _bytes(idle),
+        idle=0 if rest_on_host(entry, config) else bytes_on_device(wanted.idle),
     )
 
 
-def total_bytes(analysis: Any) -> int:
-    """What a compiled program holds at its peak, by the account that is its `memory_analysis()`."""
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes  # results that take the place of arguments
-        + analysis.temp_size_in_bytes
-    )
+def _needed(entry: Entry, config: ConfigDict, card: Any) -> int:
+    memory = step_memory(entry, config, card)
+    return memory.total + memory.idle
 
 
 def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
@@ -105,68 +91,6 @@ def formula_bytes(rows: dict[str, Memory], name: str, num_blocks: int) -> int:
     plain = rows["plain + remat" if name.endswith("remat") else "plain"]
     needed = 4 * plain.parameters + plain.averages + plain.activations
     return needed // (num_blocks if name.startswith("Diffusion") else 1)
-
-
-def variant(entry: Entry, config: ConfigDict, *, plain: bool, remat: bool, num_blocks: int | None = None) -> ConfigDict:
-    """`config` with another model; its training of some blocks only, or of all side by side, is for blocks alone."""
-    config = entry.plain(config) if plain else ConfigDict(config.to_dict())
-    config.update(gradient_checkpointing=remat, grow_at=(), begin_from="")
-    if num_blocks is not None:
-        config.update(num_blocks=num_blocks, train_blocks=())
-    check_config(entry, config)
-    return config
-
-
-def build_step(entry: Entry, config: ConfigDict, card: Any) -> tuple[Any, tuple[Any, ...], Any, Streamed, Steps]:
-    """(jitted step, shapes of the parts it trains, of those that wait, of its batch, and its other arguments)."""
-    task = entry.make(config, card)
-    blueprint, params = shapes_of(task)
-    shapes = jax.eval_shape(
-        lambda: {name: new_part(part, averaged=config.ema_decay > 0) for name, part in zeros_like(params).items()}
-    )
-    step = make_step(config, task, blueprint)
-    share_of = max(1, jax.device_count() // (config.num_blocks if config.block_parallel else 1))  # devices to a batch
-    count = -(-config.batch_size // share_of) * config.accumulate_grad_batches
-    zero = np.int32(0)
-    share = None if task.corruption is None else task.corruption.shares[0]
-    steps = Steps(np.int32(1), zero, zero, np.zeros(1, np.float32), share)
-    blocks = trained_blocks(entry, config)
-    mine = {name: shapes[name] for block in blocks for name in blueprint.names(block)}
-    active = tuple(mine.pop(name) for name in blueprint.names(blocks[0]))
-    return step, active, mine, Streamed(task.batch_shapes(count)), steps
-
-
-def zeros_like(shapes: Any) -> Any:
-    """Arrays of these shapes."""
-    return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-
-
-def _fits(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory], gib: float) -> dict[str, Any]:
-    """Which rows fit, and the smallest number of blocks with which DiffusionBlocks do."""
-    limit = gib * 2**30
-    fits: dict[str, Any] = {name: memory.total + memory.idle <= limit for name, memory in rows.items()}
-    devices = jax.local_device_count() if config.block_parallel else 0
-    divisors = [b for b in range(1, config.num_layers + 1) if config.num_layers % b == 0 and devices % b == 0]
-    for name, remat in (("smallest_b", False), ("smallest_b_with_remat", True)):
-        fits[name] = None
-        for num_blocks in divisors:
-            try:
-                smaller = variant(entry, config, plain=False, remat=remat, num_blocks=num_blocks)
-            except UserError:  # a task may refuse so many blocks
-                continue
-            memory = step_memory(entry, smaller, card)
-            if memory.total + memory.idle <= limit:
-                fits[name] = num_blocks
-                break
-    for name in rows:
-        print(f"{name}: {'fits' if fits[name] else 'does not fit'} in {gib:g} GiB")
-    for name, what in (("smallest_b", "DiffusionBlocks"), ("smallest_b_with_remat", "DiffusionBlocks + remat")):
-        print(f"{what}: " + (f"num_blocks={fits[name]} is the smallest that fits" if fits[name] else "nothing fits"))
-    return fits
 
 
 def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]) -> str:
@@ -186,14 +110,18 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
         f"B = {config.num_blocks}, batch {config.batch_size} on {jax.device_count()} device(s), {config.dtype}. "
         f"activations: all temporaries less the gradients; formula: {formula_of} with the plain model's P and A."
     )
-    lines.append(f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.")
+    return "\n".join([*lines, *what_comes_on_top(config)])
+
+
+def what_comes_on_top(config: ConfigDict) -> list[str]:
+    """Lines below a table about what is not in the totals."""
     waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
-    lines.append(
+    return [
+        f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.",
         "No block is idle: each has devices of its own (block_parallel)."
         if config.block_parallel
-        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks})."
-    )
-    return "\n".join(lines)
+        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks}).",
+    ]
 
 
 def _peaks(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory]) -> dict[str, int]:
@@ -201,11 +129,9 @@ def _peaks(entry: Entry, config: ConfigDict, card: Any, rows: dict[str, Memory])
     device = jax.local_devices()[0]
     peaks = {}
     for name, plain, remat in sorted(ROWS, key=lambda row: rows[row[0]].total):
-        step, parts, _, data, steps = build_step(entry, variant(entry, config, plain=plain, remat=remat), card)
-        real = zeros_like((parts, data))
+        wanted = wanted_step(entry, variant(entry, config, plain=plain, remat=remat), card)
         with arithmetic(config):
-            jax.block_until_ready(step(*real, steps))
-        del real
+            jax.block_until_ready(wanted.step(*wanted.zeros()))
         stats = device.memory_stats()
         if stats is not None:  # some allocators do not count
             peaks[name] = stats["peak_bytes_in_use"]

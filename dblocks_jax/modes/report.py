@@ -12,7 +12,8 @@ from dblocks_jax.modes.continuing import continue_and_score, score_steps
 from dblocks_jax.modes.evaluate import find_data, how_scored
 from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.load import Trained, load_run
-from dblocks_jax.modes.memory import step_memory, variant
+from dblocks_jax.modes.memory import step_memory
+from dblocks_jax.modes.program import variant
 from dblocks_jax.modes.writing import make_and_score
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.findings import Findings, block_curves
@@ -151,7 +152,8 @@ def _draw_memory(trained: Trained) -> str:
         del settings["DiffusionBlocks"]
     rows = {}
     for name, setting in settings.items():
-        needed = step_memory(entry, setting, trained.card)
+        setting.block_parallel = False  # a block of those side by side is one as if in turn
+        needed = step_memory(entry, setting, trained.card, jax.local_devices()[:1])
         rows[name] = {
             "parameters": needed.parameters,
             "moments": needed.optimizer,

@@ -1,5 +1,6 @@
 """Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -14,18 +15,19 @@ from dblocks_jax.run.errors import UserError, brief
 DATA, BLOCK = "data", "block"  # the mesh's axes
 
 
-def make_mesh(groups: int = 1) -> Mesh:
-    """Every device of every process, in `groups` along "block" and the rest along "data".
+def make_mesh(groups: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Every device of every process, or these, in `groups` along "block" and the rest along "data".
 
     Raises:
       UserError: the devices cannot be shared out among the groups.
     """
     # In this order process i holds the i-th part of a batch. `jax.make_mesh` may choose another.
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    if jax.local_device_count() % groups:
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    of_process = min(Counter(device.process_index for device in devices).values())
+    if of_process % groups:
         raise UserError(
             f"block_parallel needs a multiple of num_blocks={groups} devices in each process, "
-            f"but there are {jax.local_device_count()}"
+            f"but there are {of_process}"
         )
     return Mesh(np.array(devices).reshape(-1, groups), (DATA, BLOCK), axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -58,6 +60,19 @@ def replicate(tree: Any, mesh: Mesh, memory: str = "device") -> Any:
     """A copy of every array on every device, or in "pinned_host" memory. Each process brings the same values."""
     # Not `device_put`: with several processes it compares the values of each array over the network.
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(), memory_kind=memory), tree)
+
+
+def spread(shapes: Any, mesh: Mesh, memory: str = "device") -> Any:
+    """Where arrays lie that "data" shares out: each along the largest of its axes that can be cut evenly, if any."""
+    count = mesh.shape[DATA]
+
+    def place(leaf: Any) -> NamedSharding:
+        even = [axis for axis, size in enumerate(leaf.shape) if size % count == 0]
+        axis = max(even, key=lambda axis: leaf.shape[axis], default=None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, DATA)
+        return NamedSharding(mesh, spec, memory_kind=memory)
+
+    return jax.tree.map(place, shapes)
 
 
 def replicated(shapes: Any, mesh: Mesh, memory: str = "device") -> Any:

@@ -24,7 +24,7 @@ TYPES = {
         "eval_batch_size", "save_every_n_epochs", "max_bad_steps", "save_top_k", "log_every_n_steps",
     ),
     float: ("lr", "weight_decay", "clip_norm", "ema_decay"),
-    bool: ("gradient_checkpointing", "block_parallel", "wandb"),
+    bool: ("gradient_checkpointing", "block_parallel", "shard_parameters", "wandb"),
     str: ("scheduler_type", "scheduler_specific_kwargs", "begin_from", "postfix"),
     tuple: ("train_blocks", "grow_at"),
 }  # fmt: skip
@@ -50,12 +50,15 @@ LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits on the device
 # Fields that the parameters do not depend on: a resumed run may change them.
 FREE_TO_CHANGE = (
     "data_dir", "eval_batch_size", "idle_blocks", "log_every_n_steps", "max_bad_steps", "postfix",
-    "save_every_n_epochs", "save_top_k", "steps_per_call", "wandb",
+    "save_every_n_epochs", "save_top_k", "shard_parameters", "steps_per_call", "wandb",
 )  # fmt: skip
 # Fields of arithmetic that evaluation may choose for itself.
 ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
 # Fields that runs of earlier versions do not have, and what those runs did.
-SINCE = {"task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": "", "answer": "sampler"}
+SINCE = {
+    "task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": "", "answer": "sampler",
+    "shard_parameters": False,
+}  # fmt: skip
 
 
 def check_config(entry: Entry, config: ConfigDict) -> None:
@@ -95,6 +98,8 @@ def _check_blocks(entry: Entry, config: ConfigDict) -> None:
         raise UserError("train_blocks needs sharing=isolated: blocks that share parameters cannot be trained apart")
     if chosen and config.block_parallel:
         raise UserError("train_blocks and block_parallel exclude each other: the one trains apart, the other together")
+    if config.shard_parameters and config.block_parallel:
+        raise UserError("shard_parameters and block_parallel exclude each other: blocks side by side lie apart already")
     if config.grow_at and (chosen or config.block_parallel):
         raise UserError(
             f"grow_at excludes {'train_blocks' if chosen else 'block_parallel'}, for it begins with one block alone: "

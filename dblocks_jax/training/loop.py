@@ -29,7 +29,7 @@ from dblocks_jax.training.overview import overview
 from dblocks_jax.training.pace import Pace
 from dblocks_jax.training.progress import Progress
 from dblocks_jax.training.residence import OneAtATime, SideBySide
-from dblocks_jax.training.setting import Setting, make_step, memoized, parallel_of, prepare
+from dblocks_jax.training.setting import Setting, make_step, memoized, prepare
 from dblocks_jax.training.step import Steps, stack_shares
 
 
@@ -71,7 +71,7 @@ class Trainer:
         self.pace = Pace(self.feed.most, adapt=jax.process_count() == 1)
         self.stage = setting.stage_of(self.step)
         model = self.model_of(self.stage)
-        self.train_step = make_step(config, model.task, model.blueprint, parallel_of(setting))
+        self.train_step = make_step(config, model.task, model.blueprint, setting.mesh)
         self.residence = self._settle(self.opened.parts)
         self.opened.parts = {}  # the residence has them now
 

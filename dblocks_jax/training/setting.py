@@ -14,7 +14,7 @@ from dblocks_jax.data.source import Data
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import FOLDER
-from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate
+from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate, spread
 from dblocks_jax.run.errors import UserError, naming_malformed
 from dblocks_jax.run.processes import check_alike, first_process_first
 from dblocks_jax.run.streams import stream
@@ -90,7 +90,7 @@ class Setting:
     def fresh(self, stage: Stage) -> dict[str, Part]:
         """New parts of a stage, as far as they are trained here, placed where they wait."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
-        return replicate(fresh_parts(self.entry, stage.config, task), self.mesh, self.memory)
+        return self._place(fresh_parts(self.entry, stage.config, task))
 
     def grow(
         self, parts: dict[str, Part], names: Iterable[str], *, before: ConfigDict, after: ConfigDict
@@ -98,7 +98,13 @@ class Setting:
         """The parts `names` of the model `after`, each a copy, with moments and average, of what it is in `before`."""
         origin = divide(parts, names, before=self.entry.num_blocks(before), after=self.entry.num_blocks(after))
         on_host = jax.device_get(parts)
-        return {name: replicate(on_host[origin[name]], self.mesh, self.memory) for name in origin}
+        return {name: self._place(on_host[origin[name]]) for name in origin}
+
+    def _place(self, on_host: Any) -> Any:
+        """Arrays where they wait, on every device or shared out among them."""
+        if not self.config.shard_parameters:
+            return replicate(on_host, self.mesh, self.memory)
+        return jax.device_put(on_host, spread(on_host, self.mesh, self.memory))
 
 
 def new_model(task: Task, seed: int) -> tuple[Blueprint, dict[str, Params]]:
@@ -127,6 +133,12 @@ def shapes_of(task: Task) -> tuple[Blueprint, dict[str, Any]]:
     return blueprints[0], shapes
 
 
+def part_shapes(config: ConfigDict, params: dict[str, Any]) -> dict[str, Part]:
+    """Shapes of the parts whose parameters have these."""
+    averaged = config.ema_decay > 0
+    return {name: jax.eval_shape(partial(new_part, averaged=averaged), part) for name, part in params.items()}
+
+
 def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     """Check a run against its folder and its data.
 
@@ -134,6 +146,8 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
       UserError: they do not fit, or the data cannot be had.
     """
     mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
+    if config.shard_parameters and jax.process_count() > 1:
+        raise UserError("shard_parameters is for the devices of one process: leave it out, or --distributed")
     check_batch_size("batch_size", config.batch_size, mesh)
     check_alike("config", config.to_dict())
     saved = run_folder.read_saved(workdir, run_folder.CONFIG)
@@ -158,8 +172,12 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
 
 
-def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Parallel | None = None) -> TrainStep:
-    """The jitted training step that a config describes; see `make_train_step`."""
+def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, mesh: Mesh) -> TrainStep:
+    """The jitted training step that a config describes, on the devices of `mesh`; see `make_train_step`."""
+    placed = None
+    if config.shard_parameters:
+        shapes = part_shapes(config, shapes_of(task)[1])
+        placed = spread(tuple(shapes[name] for name in blueprint.names(0)), mesh)
     return make_train_step(
         task,
         blueprint,
@@ -168,14 +186,10 @@ def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, parallel: Pa
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay,
         accumulate=config.accumulate_grad_batches,
-        parallel=parallel,
+        mesh=mesh,
+        placed=placed,
+        parallel=Parallel(mesh, isolated=config.sharing == "isolated") if config.block_parallel else None,
     )
-
-
-def parallel_of(setting: Setting) -> Parallel | None:
-    """How blocks train side by side, if they do."""
-    config = setting.config
-    return Parallel(setting.mesh, isolated=config.sharing == "isolated") if config.block_parallel else None
 
 
 def memoized(build: Callable[[Stage], Model]) -> Callable[[Stage], Model]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dblocks_jax.data.feed import Resident, Streamed
@@ -69,6 +69,8 @@ def make_train_step(
     clip_norm: float,
     accumulate: int,
     ema_decay: float = 0.0,
+    mesh: Mesh | None = None,
+    placed: Any = None,
     parallel: "Parallel | None" = None,
 ) -> TrainStep:
     """Build the jitted step: (parts, data, steps) -> (parts, metrics of each step).
@@ -79,7 +81,9 @@ def make_train_step(
     position), not of how many steps one call makes. A step whose loss or gradient is not finite changes nothing, and
     says so in the metric SKIPPED.
 
-    With `parallel` one call trains all blocks, each on its own devices: see `Parallel`.
+    With `parallel` one call trains all blocks, each on its own devices: see `Parallel`. Else parts are on every device
+    of `mesh`, or lie as the shardings `placed` of their leaves say. What comes out lies where it came in: a compiler
+    that chose would be free to spread it.
     """
     together = {} if parallel is None else {"combine": parallel.combine}
 
@@ -95,11 +99,16 @@ def make_train_step(
 
     def one_step(parts: tuple[Part, ...], batch: Any, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
+        if placed is not None:  # else XLA would cut the network's own arrays as it finds its parameters cut
+            assert mesh is not None
+            params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, PartitionSpec()))
         key = jax.random.fold_in(stream(seed, "train", steps.position + i), steps.block)
         if accumulate == 1:
             grads, metrics = gradient(params, batch, key, steps.share)
         else:
             grads, metrics = _mean_over_micro_batches(gradient, accumulate, params, batch, key, steps.share)
+        if placed is not None:
+            grads = jax.lax.with_sharding_constraint(grads, tuple(part.params for part in placed))
         is_sound = jnp.isfinite(metrics["loss"])
         updated, norm = adamw(
             parts, grads, lr=jnp.asarray(steps.lr)[i], weight_decay=weight_decay, clip_norm=clip_norm,
@@ -125,7 +134,14 @@ def make_train_step(
         # The number of rounds is not known to the compiler, so it is the same program for one step as for many.
         return jax.lax.fori_loop(0, steps.count, body, (parts, log))
 
-    return jax.jit(train_steps if parallel is None else parallel.spread(train_steps), donate_argnums=0)
+    run = train_steps if parallel is None else parallel.spread(train_steps)
+    mesh = mesh if parallel is None else parallel.mesh
+    if mesh is None:
+        return jax.jit(run, donate_argnums=0)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    parts, log = (placed or everywhere, everywhere) if parallel is None else parallel.placed
+    # A batch comes from its feed, in one of two forms.
+    return jax.jit(run, donate_argnums=0, in_shardings=(parts, None, everywhere), out_shardings=(parts, log))
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,12 @@ class Parallel:
     mesh: Mesh
     isolated: bool
 
+    @property
+    def placed(self) -> tuple[tuple[NamedSharding, NamedSharding], NamedSharding]:
+        """Where (the first parts and the blocks, metrics) lie."""
+        by_block = NamedSharding(self.mesh, PartitionSpec(BLOCK))
+        return (by_block if self.isolated else NamedSharding(self.mesh, PartitionSpec()), by_block), by_block
+
     def combine(self, grads: tuple[Params, ...], is_sound: Bool[Array, ""]) -> Any:
         """The gradients that all blocks agree on, and whether to apply them: common ones if those of all are finite."""
         if self.isolated:
@@ -151,7 +173,7 @@ class Parallel:
         """`train_steps` of one block, made to run for each block on the devices that hold it."""
         by_block: Any = PartitionSpec(BLOCK)
         common: Any = PartitionSpec()
-        parts_spec = (by_block if self.isolated else common, by_block)
+        parts_spec = tuple(placed.spec for placed in self.placed[0])
         steps_spec = Steps(count=common, block=by_block, position=common, lr=common, share=by_block)
 
         def on_one_group(parts, data, steps):
