@@ -31,6 +31,7 @@ SPECIAL = {
     "dataset": st.sampled_from(["digits", "digits", "folder", "Digits"]) | st.text(max_size=8),
     "data_dir": st.sampled_from(["/nonexistent", "", "~", "/dev/null", "\0"]),
     "scheduler_type": st.sampled_from(list(SCHEDULES)) | HOSTILE_TEXT,
+    "grow_at": st.sampled_from([(), (0.5,), (0.25, 0.5), (0.0,), (1.5,), (-1.0,), ("0.5",)]),
     "train_blocks": st.sampled_from([(), (0,), (1,), (0, 1), (1, 0), (5,), (-1,), ("0",)]),
 } | {field: st.sampled_from(choices) | st.sampled_from(choices) | HOSTILE_TEXT for field, choices in CHOICES.items()}
 

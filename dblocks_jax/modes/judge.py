@@ -30,7 +30,7 @@ FIELDS: dict[str, Any] = {
     "task": "classify", "model_type": "vit", "pool": "mean", "open_gates": False, "dropout": 0.0,
     "num_layers": 4, "hidden_size": 64, "num_heads": 4, "intermediate_size": 256, "num_blocks": 1,
     "gamma": 0.05, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "p_mean": -1.2, "p_std": 1.2,
-    "weighting": "none", "num_inference_steps": 0, "sampler_spacing": "cdf", "label_table": "raw",
+    "weighting": "none", "answer": "sampler", "num_inference_steps": 0, "sampler_spacing": "cdf", "label_table": "raw",
     "init_noise_scale": 1.0, "cfg_scale": 0.0, "class_dropout_prob": 0.0, "resized_crop": False, "add_rand_aug": False,
     "flip": False, "batch_size": BATCH, "accumulate_grad_batches": 1, "gradient_checkpointing": False, "lr": 3e-3,
     "weight_decay": 0.01, "clip_norm": 1.0, "scheduler_type": "cosine", "scheduler_specific_kwargs": "{}",
