@@ -1,8 +1,8 @@
 """A small network of recurrent depth, trained as a denoiser in one pass, that writes as presidents do: no download.
 
 COMMAND: python launch.py --config=configs/recurrent_text.py
-TIME: not measured yet.
-ACCURACY: not measured yet.
+TIME: 7.5 minutes on 2 CPU cores that had other work, nothing compiled before.
+ACCURACY: 2.627 bits per character, by the first level (one run).
 """
 
 from configs import recurrent
