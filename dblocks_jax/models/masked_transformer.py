@@ -93,9 +93,11 @@ class RotaryAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         b, t, d = x.shape
-        qkv = self.query_key_value(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        q, k = (rotate(qkv[:, :, i]) for i in range(2))
-        return self.output(self_attend(jnp.stack([q, k, qkv[:, :, 2]], axis=2)).reshape(b, t, d))
+        heads = self.query_key_value(x).reshape(b, t, 3 * self.num_heads, d // self.num_heads)
+        # Split, not sliced: each slice's gradient would be a padded array as large as all three.
+        turned, values = jnp.split(heads, [2 * self.num_heads], axis=2)
+        qkv = jnp.concatenate([rotate(turned), values], axis=2).reshape(b, t, 3, self.num_heads, -1)
+        return self.output(self_attend(qkv).reshape(b, t, d))
 
 
 class MaskedLayer(nnx.Module):
