@@ -51,7 +51,7 @@ MODES = {
 }
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "; ".join(f"{name}: {text}" for name, text in MODES.items()))
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run [checkpoints/<config><postfix>].")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see the README.")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes; see docs/use.md.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "Of a run: best, last, or the step of a checkpoint.")
 PARTS = flags.DEFINE_multi_string("parts", [], "For merge: folders of the runs to join, with commas between.")
 RUNS = flags.DEFINE_multi_string("runs", [], "For compare: folders of runs, with commas or spaces between.")

@@ -100,6 +100,8 @@ PROGRAM = """
   %j = f32[8]{0} collective-permute(%c), channel_id=8, source_target_pairs={{0,4},{4,8},{8,12},{12,0}}
   %k = f32[8]{0} collective-permute(%c), source_target_pairs={{0,1},{5,6}}, metadata={op_name="all-gather(x)"}
   %l = f32[8]{0} all-to-all(%c), channel_id=9, replica_groups=as nobody wrote it before
+  %m = f32[8]{0} all-to-all(%c), channel_id=10, replica_groups=[2,2,4]<=[4,4], dimensions={0}
+  %n = f32[8]{0} all-to-all(%c), channel_id=11, replica_groups=mesh['x'=16] {'x':(1)2,'x':(4)2}, dimensions={0}
 """
 
 
@@ -110,7 +112,8 @@ def test_collectives_are_counted_by_kind_and_axis():
         "all-gather over data": 1,
         "all-reduce over block": 2,
         "all-reduce over data": 2,
-        "all-to-all over unknown axes": 1,
+        "all-to-all over block": 1,
+        "all-to-all over unknown axes": 2,
         "collective-permute over block": 1,
         "collective-permute over data": 1,
         "reduce-scatter over data and block": 1,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from saved import state_of
 
-from configs import dblock_digits, vit_digits
+from configs import dblock_digits, mask_text, vit_digits
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.train import train
 from dblocks_jax.run import workdir as run_folder
@@ -17,7 +17,7 @@ from dblocks_jax.tasks.classify.scores import metrics
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.table import TASKS, entry_of
 from dblocks_jax.training import loop as trainer
-from dblocks_jax.training.config import check_config, check_resumable, for_evaluation
+from dblocks_jax.training.config import check_config, check_resumable, complete, for_evaluation
 
 TINY = {
     "num_layers": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "num_blocks": 2, "batch_size": 600,
@@ -164,6 +164,17 @@ def test_evaluation_keeps_the_saved_fields_and_takes_the_samplers():
     saved = tiny(dblock_digits)
     config = for_evaluation(CLASSIFY, saved.to_dict(), {"cfg_scale": 1.5}, dblock_digits.get_config())
     assert config.cfg_scale == 1.5 and config.num_layers == 2
+
+
+def test_runs_of_earlier_versions_are_complete_and_go_on():
+    """What they lack they did as a default has it now; a field of classification is of classification alone."""
+    for config in (tiny(dblock_digits), mask_text.get_config()):
+        now = config.to_dict()
+        of_old = {name: value for name, value in now.items() if name not in ("answer", "shard_parameters", "ema_decay")}
+        assert complete(of_old) | {"ema_decay": now["ema_decay"]} == now
+        check_resumable(of_old | {"ema_decay": now["ema_decay"]}, config, "runs")
+    without_task = {name: value for name, value in tiny(dblock_digits).to_dict().items() if name != "task"}
+    assert complete(without_task) == tiny(dblock_digits).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ class DBlockLlamaLayer(nnx.Module):
 
     def only_keys_values(self, clean: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t 2 h w"]:
         """What `remember` has second, where nobody needs the first."""
-        return self.attention.keys_values(self._before_attention(clean, self.modulation(cond)))
+        read, width = self._before_attention(clean, self.modulation(cond)), clean.shape[-1]
+        return self.attention.turned(self.attention.query_key_value(read, slice(width, None)), 2, None)
 
     def denoise(
         self, noisy: Float[Array, "b t d"], before: Float[Array, "b t 2 h w"], cond: Float[Array, "b d"]

@@ -31,7 +31,7 @@ from dblocks_jax.models.rms import RMSNorm, normalize_rms_modulated
 GRADIENT_STEPS = 8  # through so many of the last steps Huginn learns
 MEAN_STEPS = 32.0  # of the rate that the number of steps is drawn with
 RATE_SPREAD = 0.5  # standard deviation of the rate's logarithm
-MOST_STEPS = 1024  # more have a probability of 1e-10
+MOST_STEPS = 1024  # more have a probability below 1e-10
 CUT = 3.0  # standard deviations beyond which no state begins
 
 
@@ -61,7 +61,7 @@ class HuginnAttention(LlamaAttention):
         """Of each token; positions are 0..t-1 where none are given."""
         flat = self.query_key_value(x)
         bias = jnp.pad(self.bias[...], (0, x.shape[-1])).astype(flat.dtype)  # values have none
-        return self._turned(flat + bias[None, None], 3, positions)
+        return self.turned(flat + bias[None, None], 3, positions)
 
 
 class Sandwich(nnx.Module):

@@ -47,14 +47,10 @@ class LlamaAttention(nnx.Module):
         self, x: Float[Array, "b t d"], positions: Int[Array, " t"] | None = None
     ) -> Float[Array, "b t 3 h w"]:
         """Of each token; positions are 0..t-1 where none are given."""
-        return self._turned(self.query_key_value(x), 3, positions)
+        return self.turned(self.query_key_value(x), 3, positions)
 
-    def keys_values(self, x: Float[Array, "b t d"], positions: Int[Array, " t"] | None = None):
-        """The same without the queries, at two thirds of the work."""
-        return self._turned(self.query_key_value(x, slice(x.shape[-1], None)), 2, positions)
-
-    def _turned(self, flat: Float[Array, "b t f"], kinds: int, positions) -> Float[Array, "b t k h w"]:
-        """Heads apart, everything turned but the values, which come last."""
+    def turned(self, flat: Float[Array, "b t f"], kinds: int, positions) -> Float[Array, "b t k h w"]:
+        """Heads apart, of all three or of keys and values; everything turned but the values, which come last."""
         b, t, features = flat.shape
         width = features // kinds // self.num_heads
         turned, values = jnp.split(flat.reshape(b, t, kinds * self.num_heads, width), [-self.num_heads], axis=2)

@@ -64,11 +64,12 @@ def absent_table(config: ConfigDict, targets: Sequence[Target], *, gib: float | 
     check_compilers(targets)
     card = entry.card_without_data(config)
     devices = {target.name: devices_of(target) for target in targets}
+    variants = {name: variant(entry, config, plain=plain, remat=remat) for name, plain, remat in ROWS}
+    for target in targets:  # what cannot be shared out is told before minutes of compilation
+        for each in variants.values():
+            wanted_step(entry, each, card, devices[target.name])
     rows = {
-        target.name: {
-            name: estimate(entry, variant(entry, config, plain=plain, remat=remat), card, devices[target.name])
-            for name, plain, remat in ROWS
-        }
+        target.name: {name: estimate(entry, each, card, devices[target.name]) for name, each in variants.items()}
         for target in targets
     }
     versions = compilers(targets)

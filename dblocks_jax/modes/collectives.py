@@ -62,7 +62,7 @@ def _groups(operation: str, count: int) -> list[list[int]] | None:
     if found := COUNTED.search(operation):
         shape, dims, order = (_numbers(text or "") for text in found.groups())
         members = np.arange(math.prod(dims)).reshape(dims)
-        return (members.transpose(order) if order else members).reshape(shape).tolist()
+        return (members.transpose(order) if order else members).reshape(-1, shape[-1]).tolist()
     if found := NAMED.search(operation):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
         # A part of an axis is written 'axis':(what comes before it)its size.
@@ -74,6 +74,8 @@ def _groups(operation: str, count: int) -> list[list[int]] | None:
                 talking += [len(dims)] if any(axis == name for axis, *_ in chosen) else []
                 dims.append(size)
                 continue
+            if len(mine) > 1:
+                return None
             [(before, part)] = mine
             talking.append(len(dims) + 1)
             dims += [before, part, size // (before * part)]

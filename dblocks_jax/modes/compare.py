@@ -27,7 +27,7 @@ from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import CONFIG, DATA, logged, read_saved
 from dblocks_jax.tasks.table import SHOWN, entry_of
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, count_steps
+from dblocks_jax.training.config import FREE_TO_CHANGE, complete, count_steps
 
 PAGE = "compare.html"
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
@@ -183,9 +183,9 @@ def _read(workdir: Path) -> Run:
     config = read_saved(workdir, CONFIG)
     if config is None:
         raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
-    config = SINCE | config  # of earlier versions
+    config = complete(config)  # of earlier versions
     try:
-        entry = entry_of(ConfigDict(SINCE | config))
+        entry = entry_of(ConfigDict(complete(config)))
     except UserError as error:
         raise UserError(f"{workdir / CONFIG}: {error}") from error
     main = SHOWN[entry.name].FIGURES[0]
@@ -257,7 +257,7 @@ def _row(each: Group, figures: Sequence[Figure]) -> dict[str, Any]:
 
 
 def _steps_of(config: dict[str, Any], images: int) -> int:
-    of_run = ConfigDict(SINCE | config)
+    of_run = ConfigDict(complete(config))
     return count_steps(entry_of(of_run), of_run, images).steps
 
 

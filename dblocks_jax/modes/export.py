@@ -34,7 +34,7 @@ from dblocks_jax.tasks import text_export as of_decoder
 from dblocks_jax.tasks.classify import export as of_classifier
 from dblocks_jax.tasks.generate import export as of_generator
 from dblocks_jax.tasks.mask import export as of_masked
-from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic
+from dblocks_jax.training.config import ARITHMETIC_FIELDS, arithmetic, complete
 from dblocks_jax.training.overview import describe_shares, num_parameters
 
 FOLDER, CARD = "export", "README.md"
@@ -155,7 +155,8 @@ def on_record(workdir: Path, trained: Trained) -> dict[str, Any]:
     """The scores on the test split that are on record for a checkpoint, answering as `trained` does; or nothing."""
     is_sampled = trained.task.corruption is not None or trained.entry.name in MAKES
     fields = ARITHMETIC_FIELDS + (trained.entry.sampler_fields if is_sampled else ())
-    of_run = read_saved(workdir, CONFIG) or {}
+    saved = read_saved(workdir, CONFIG)
+    of_run = {} if saved is None else complete(saved)
     for name in ("train.json", "eval.json"):
         result = read_result(workdir, name) or {}
         used = of_run | result.get("arithmetic", {}) | result.get("sampler", {})

@@ -31,9 +31,9 @@ from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry, Task
 from dblocks_jax.training.config import (
     LARGEST_STEP,
-    SINCE,
     arithmetic,
     check_config,
+    complete,
     for_evaluation,
     rest_on_host,
     trained_blocks,
@@ -171,7 +171,7 @@ def load_exported(folder: Path) -> Trained:
     if about is None or about.get("format") != FOLDER_FORMAT:
         raise UserError(f"{folder / CONFIG} is not the one that --mode=export writes")
     with naming_malformed(folder / CONFIG):
-        config, step = ConfigDict(SINCE | about["config"]), about["step"]
+        config, step = ConfigDict(complete(about["config"])), about["step"]
         if type(step) is not int or not 0 <= step <= LARGEST_STEP:
             raise ValueError("its step is none")
         try:
@@ -244,7 +244,7 @@ def load_run(
         raise UserError(f"{workdir} holds no run: train it first, or name its folder with --workdir")
     of_folder = read_saved(workdir, CONFIG) or {}
     with naming_malformed(workdir / CONFIG):
-        entry = entry_of(ConfigDict(SINCE | of_folder), own)
+        entry = entry_of(ConfigDict(complete(of_folder)), own)
     with (
         Checkpoints(
             workdir,
@@ -257,7 +257,7 @@ def load_run(
         step = checkpoints.find(checkpoint)
         run = checkpoints.run(step)
         with naming_malformed(f"what checkpoint {step} of {workdir} tells of its run"):
-            entry = entry_of(ConfigDict(SINCE | run["config"]), own)
+            entry = entry_of(ConfigDict(complete(run["config"])), own)
             given = ConfigDict(run["config"]) if config is None else config
             merged = for_evaluation(entry, run["config"], overrides or {}, given)
             check_config(entry, merged)

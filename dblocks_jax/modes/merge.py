@@ -11,7 +11,7 @@ from dblocks_jax.run.checkpoint import FOLDER, Checkpoints, saved_steps
 from dblocks_jax.run.devices import on_cpu
 from dblocks_jax.run.errors import Unsaved, UserError, naming_malformed
 from dblocks_jax.tasks.table import entry_of
-from dblocks_jax.training.config import FREE_TO_CHANGE, SINCE, check_config, count_steps, trained_blocks
+from dblocks_jax.training.config import FREE_TO_CHANGE, check_config, complete, count_steps, trained_blocks
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.setting import new_model
 
@@ -83,7 +83,7 @@ def _read(source: Path) -> tuple[ConfigDict, dict[str, Any], int]:
         step = checkpoints.find("last")
         run = checkpoints.run(step)
     with naming_malformed(f"what checkpoint {step} of {source} tells of its run"):
-        config, card = ConfigDict(SINCE | run["config"]), run["data"]
+        config, card = ConfigDict(complete(run["config"])), run["data"]
         entry = entry_of(config)
         check_config(entry, config)
         entry.card(card)

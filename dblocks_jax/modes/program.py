@@ -14,7 +14,7 @@ from dblocks_jax.data.feed import Streamed
 from dblocks_jax.run.devices import BLOCK, DATA, check_batch_size, make_mesh, replicated, spread
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import arithmetic, check_config, trained_blocks
-from dblocks_jax.training.setting import make_step, part_shapes, shapes_of
+from dblocks_jax.training.setting import check_shares, make_step, part_shapes, shapes_of
 from dblocks_jax.training.step import Steps, TrainStep, stack_shares
 
 # (row of a table, whether it is of the plain network, whether with gradient checkpointing)
@@ -73,6 +73,7 @@ def wanted_step(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[A
     """
     mesh = make_mesh(config.num_blocks if config.block_parallel else 1, devices)
     check_batch_size("batch_size", config.batch_size, mesh)
+    check_shares(config, mesh)
     task = entry.make(config, card)
     blueprint, params = shapes_of(task)
     shapes = part_shapes(config, params)

@@ -15,7 +15,8 @@ KINDS: dict[str, Any] = {
     "frechet_judge": NUMBER | None, "frechet_pixels": NUMBER | None, "kid_judge": NUMBER | None,
     "kid_pixels": NUMBER | None, "nearest_ratio": NUMBER | None, "num_sequences": int, "num_samples": int,
     "bits": NUMBER | None, "bits_error": NUMBER | None, "bits_by_block": list, "distinct_2": NUMBER,
-    "repetition": NUMBER, "known_words": NUMBER, "bits_by_step": list, "bits_joined": NUMBER | None,
+    "repetition": NUMBER, "known_words": NUMBER, "bits_first": NUMBER | None,
+    "bits_by_step": list, "bits_joined": NUMBER | None,
     "calibration_error": NUMBER | None,
 }  # fmt: skip
 SHARES = ("top1", "macro_f1", "accuracy_of_samples", "distinct_2", "repetition", "known_words")  # which lie in [0, 1]

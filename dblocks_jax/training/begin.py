@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.run.arrays import differences, shapes_by_path
 from dblocks_jax.run.checkpoint import Checkpoints, saved_steps
 from dblocks_jax.run.errors import UserError, naming_malformed
-from dblocks_jax.training.config import SINCE, check_config
+from dblocks_jax.training.config import check_config, complete
 from dblocks_jax.training.optimizer import Part
 from dblocks_jax.training.setting import Setting, fresh_parts
 
@@ -36,7 +36,7 @@ def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str,
         step = checkpoints.find("last")
         about = checkpoints.run(step)
         with naming_malformed(f"begin_from: what checkpoint {step} of {source} tells of its run"):
-            config = ConfigDict({**setting.config.to_dict(), **SINCE, **about["config"]})
+            config = ConfigDict({**setting.config.to_dict(), **complete(about["config"])})
             if config.task != setting.config.task:
                 raise UserError(f"begin_from: {source} is of the task {config.task}, not of {setting.config.task}")
             if about["data"].get("vocabulary") != setting.card.get("vocabulary"):

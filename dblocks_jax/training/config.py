@@ -54,11 +54,9 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # Fields of arithmetic that evaluation may choose for itself.
 ARITHMETIC_FIELDS = ("dtype", "matmul_precision")
-# Fields that runs of earlier versions do not have, and what those runs did.
-SINCE = {
-    "task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": "", "answer": "sampler",
-    "shard_parameters": False,
-}  # fmt: skip
+# Fields that runs of earlier versions do not have, and what those runs did; and those of classification.
+SINCE = {"task": "classify", "ema_decay": 0.0, "grow_at": (), "begin_from": "", "shard_parameters": False}
+SINCE_IN_CLASSIFICATION = {"answer": "sampler"}
 
 
 def check_config(entry: Entry, config: ConfigDict) -> None:
@@ -185,7 +183,7 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
     Raises:
       UserError: naming each field that differs, with both values.
     """
-    saved, now = _as_saved(_since(config) | saved), _as_saved(config.to_dict())
+    saved, now = _as_saved(complete(saved)), _as_saved(config.to_dict())
     is_open = config.scheduler_type == "constant_with_warmup" and config.block_schedule == "random"
     may_grow = ("num_epochs", "max_steps") if is_open and not config.grow_at else ()
     differing = [
@@ -202,9 +200,10 @@ def check_resumable(saved: dict[str, Any], config: ConfigDict, workdir: str) -> 
         )
 
 
-def _since(config: ConfigDict) -> dict[str, Any]:
-    """What runs of earlier versions did, of the fields that this task has."""
-    return {field: value for field, value in SINCE.items() if field in config}
+def complete(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the fields that it lacks since it is of an earlier version, as that version had them."""
+    full = SINCE | saved
+    return SINCE_IN_CLASSIFICATION | full if full["task"] == "classify" else full
 
 
 def _as_saved(value: Any) -> Any:
@@ -225,7 +224,7 @@ def for_evaluation(entry: Entry, saved: dict[str, Any], overrides: dict[str, Any
     Raises:
       UserError: an override contradicts how the model was trained.
     """
-    result = ConfigDict({**config.to_dict(), **_since(config), **saved})
+    result = ConfigDict({**config.to_dict(), **complete(saved)})
     free = (*entry.sampler_fields, *ARITHMETIC_FIELDS, *FREE_TO_CHANGE)
     for field, value in overrides.items():
         if field in free:

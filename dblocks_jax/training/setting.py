@@ -146,8 +146,7 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
       UserError: they do not fit, or the data cannot be had.
     """
     mesh = make_mesh(config.num_blocks if config.block_parallel else 1)
-    if config.shard_parameters and jax.process_count() > 1:
-        raise UserError("shard_parameters is for the devices of one process: leave it out, or --distributed")
+    check_shares(config, mesh)
     check_batch_size("batch_size", config.batch_size, mesh)
     check_alike("config", config.to_dict())
     saved = run_folder.read_saved(workdir, run_folder.CONFIG)
@@ -170,6 +169,16 @@ def prepare(entry: Entry, config: ConfigDict, workdir: Path) -> Setting:
     stages = make_stages(entry, config, partial(curriculum, entry), length.steps)
     card = data.to_dict() | {"images": count}  # by the name that it has had since there were images alone
     return Setting(entry, config, workdir, saved, mesh, data, card, length, stages)
+
+
+def check_shares(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuse to share parameters out among the devices of several processes.
+
+    Raises:
+      UserError: saying what to do.
+    """
+    if config.shard_parameters and len({device.process_index for device in mesh.devices.flat}) > 1:
+        raise UserError("shard_parameters is for the devices of one process: leave it out, or --distributed")
 
 
 def make_step(config: ConfigDict, task: Task, blueprint: Blueprint, mesh: Mesh) -> TrainStep:

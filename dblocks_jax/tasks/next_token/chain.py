@@ -94,7 +94,9 @@ def score_chain(
         characters += card.vocabulary.count_characters(rows[:real, 1:].ravel())
         tokens = jnp.asarray(rows)
         z = initial_z(fixed_noise(config, card.length, jnp.asarray(places)), config.sigma_max, config.init_noise_scale)
-        costs = [_nats(logits, tokens) for logits in (*chain.steps(params, tokens, z), chain.joined(params, tokens))]
+        # Each step's logits are let go of before the next ones are made.
+        costs = [_nats(logits, tokens) for logits in chain.steps(params, tokens, z)]
+        costs.append(_nats(chain.joined(params, tokens), tokens))
         totals += [np.sum(np.asarray(each, np.float64)[:real]) for each in jax.device_get(costs)]
     bits = [float(total / characters / math.log(2)) for total in totals]
     return {"bits_by_step": bits[:-1], "bits_joined": bits[-1]}

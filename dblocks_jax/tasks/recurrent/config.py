@@ -58,6 +58,8 @@ def describe(config: ConfigDict) -> str:
 def plain(config: ConfigDict) -> ConfigDict:
     """The original to compare with, answering after at least as many steps as it is trained for on average."""
     other = ConfigDict(config.to_dict())
+    if config.model_type == "huginn":
+        return other
     other.update(model_type="huginn", num_inference_steps=max(config.num_inference_steps, int(MEAN_STEPS)))
     return other
 
@@ -77,9 +79,9 @@ def architecture(config: ConfigDict, card: text.TextCard) -> HuginnArchitecture:
     )
 
 
-def written_at_once(config: ConfigDict) -> int:
+def written_at_once(config: ConfigDict, length: int) -> int:
     """Texts that are written side by side: as many as have CACHE_BYTES of keys and values, of all layers and levels."""
     steps, core = config.num_inference_steps, config.num_layers - config.prelude_layers - config.coda_layers
     coda = config.coda_layers * (1 if config.model_type == "huginn" else steps)
     bytes_of_token = 4 * 2 * config.hidden_size * (config.prelude_layers + steps * core + coda)
-    return max(1, min(config.eval_batch_size, CACHE_BYTES // (bytes_of_token * config.text_length)))
+    return max(1, min(config.eval_batch_size, CACHE_BYTES // (bytes_of_token * length)))

@@ -136,7 +136,7 @@ class Recurrent:
 
     def written_at_once(self) -> int:
         """Texts that are written side by side."""
-        return fields.written_at_once(self.config)
+        return fields.written_at_once(self.config, self.card.length)
 
     def tell(self, scores: dict[str, Any]) -> str:
         """A line of the log."""
