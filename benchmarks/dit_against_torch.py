@@ -120,17 +120,21 @@ def peer_step(config: Any, layers: int) -> Callable[[], None]:
 
 def our_step(config: Any) -> Callable[[], None]:
     """One training step of block 0 of ours, to its end."""
-    task = Generate(config, CARD)
-    blueprint, params = new_model(task, 0)
-    mesh = make_mesh()
-    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), mesh)
-    state = {"active": tuple(parts[name] for name in blueprint.names(0)), "position": 0}
-    step = make_step(config, task, blueprint, mesh)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (config.batch_size, *CARD.image_shape), np.uint8),
         "label": rng.integers(0, CLASSES, config.batch_size, np.int32),
     }
+    return step_of_task(Generate(config, CARD), batch)
+
+
+def step_of_task(task: Any, batch: Any) -> Callable[[], None]:
+    """One training step of a task's block 0 on a batch, to its end."""
+    blueprint, params = new_model(task, 0)
+    mesh = make_mesh()
+    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), mesh)
+    state = {"active": tuple(parts[name] for name in blueprint.names(0)), "position": 0}
+    step = make_step(task.config, task, blueprint, mesh)
 
     def run() -> None:
         position, lr = np.int32(state["position"]), np.full(1, 1e-4, np.float32)

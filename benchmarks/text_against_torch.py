@@ -21,20 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from dit_against_torch import ratios  # pyright: ignore[reportMissingImports]
+from dit_against_torch import ratios, step_of_task  # pyright: ignore[reportMissingImports]
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 from configs import mask_text, next_text
-from dblocks_jax.data.feed import Streamed
 from dblocks_jax.data.vocabulary import letters
-from dblocks_jax.run.devices import make_mesh, replicate
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.text import TextCard
-from dblocks_jax.training.loop import make_step
-from dblocks_jax.training.optimizer import new_part
-from dblocks_jax.training.setting import new_model
-from dblocks_jax.training.step import Steps
 
 SYMBOLS, SIGMA_DATA = 27, 0.5
 
@@ -165,23 +159,11 @@ def peer_step(config: Any, layers: int) -> Callable[[], None]:
 def our_step(config: Any) -> Callable[[], None]:
     """One training step of block 0 of ours, to its end."""
     task: Any = entry_of(config).make(config, TextCard(letters(), config.text_length))
-    blueprint, params = new_model(task, 0)
-    mesh = make_mesh()
-    parts = replicate(jax.device_get({name: new_part(part) for name, part in params.items()}), mesh)
-    state = {"active": tuple(parts[name] for name in blueprint.names(0)), "position": 0}
-    step = make_step(config, task, blueprint, mesh)
     rng = np.random.default_rng(0)
     shapes = task.batch_shapes(config.batch_size)
-    batch = {name: rng.integers(0, SYMBOLS, each.shape).astype(each.dtype) for name, each in shapes.items()}
-
-    def run() -> None:
-        position, lr = np.int32(state["position"]), np.full(1, 1e-4, np.float32)
-        steps = Steps(np.int32(1), np.int32(0), position, lr, task.corruption.shares[0])
-        state["active"], _ = step(state["active"], Streamed(batch), steps)
-        state["position"] += 1
-        jax.block_until_ready(state["active"])
-
-    return run
+    return step_of_task(
+        task, {name: rng.integers(0, SYMBOLS, each.shape).astype(each.dtype) for name, each in shapes.items()}
+    )
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """What tasks on text have in common: their data, and the windows that they see of it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Int, Integer, Key
 from ml_collections import ConfigDict
 
@@ -104,6 +105,13 @@ def crop(key: Key[Array, ""], tokens: Integer[Array, "b m"], length: int) -> Int
 def scored_at_once(config: ConfigDict, length: int, symbols: int) -> int:
     """Sequences of a batch that is scored: `eval_batch_size`, or as many as have LOGITS_BYTES of logits."""
     return max(1, min(config.eval_batch_size, LOGITS_BYTES // (4 * length * symbols)))
+
+
+def scored_batches(config: ConfigDict, card: TextCard, count: int) -> Iterator[tuple[Int[np.ndarray, " m"], int]]:
+    """(places of a batch, how many of them are new) of `count` sequences. All batches have one shape."""
+    size = min(scored_at_once(config, card.length, len(card.vocabulary)), count)
+    for start in range(0, count, size):
+        yield np.arange(start, start + size) % count, min(size, count - start)
 
 
 def weights_of_transformer(config: ConfigDict) -> int:

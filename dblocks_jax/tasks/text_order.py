@@ -18,7 +18,7 @@ from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks import text
 from dblocks_jax.tasks.task import Losses, Scorer
-from dblocks_jax.tasks.text import TextCard, scored_at_once
+from dblocks_jax.tasks.text import TextCard, scored_batches
 
 TYPES = {int: ("score_samples",), float: ("temperature", "top_p")}
 CHOICES = {"dataset": text.NAMES, "weighting": ("none", "per_sample")}
@@ -121,14 +121,11 @@ def make_score(
 
     def run(params: dict[str, Params], source: Any, at_each_batch: Callable[[], None]) -> dict[str, Any]:
         count = len(source)
-        size = min(scored_at_once(task.config, card.length, len(card.vocabulary)), count)
         together = tuple(to_device(params[name]) for name in blueprint.names(0))
         nats, characters = [], 0
-        for start in range(0, count, size):
+        for places, real in scored_batches(task.config, card, count):
             at_each_batch()
-            places = np.arange(start, start + size) % count  # all batches have one shape
             tokens = source.take(places)["tokens"]
-            real = min(size, count - start)
             characters += card.vocabulary.count_characters(tokens[:real, 1:].ravel())
             nats.append((real, costs_of(together, tokens, places.astype(np.int32))))
         total = sum(np.sum(np.asarray(costs, np.float64)[:real]) for real, costs in nats)

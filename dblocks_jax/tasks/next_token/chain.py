@@ -15,15 +15,14 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.diffusion.loss import cross_entropy
-from dblocks_jax.diffusion.sampler import euler_step, initial_z
+from dblocks_jax.diffusion.sampler import initial_z
 from dblocks_jax.models.blueprint import Blueprint, Params
-from dblocks_jax.models.dblock_vit import normalize_rows
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.tasks.gaussian import gaussian
-from dblocks_jax.tasks.next_token.denoiser import denoise
-from dblocks_jax.tasks.next_token.generation import sampler_plan
+from dblocks_jax.tasks.next_token.denoiser import denoise, move
+from dblocks_jax.tasks.next_token.generation import sampler_plan, visits
 from dblocks_jax.tasks.next_token.scores import fixed_noise
-from dblocks_jax.tasks.text import TextCard, scored_at_once
+from dblocks_jax.tasks.text import TextCard, scored_batches
 
 
 class Chain:
@@ -37,12 +36,7 @@ class Chain:
         def step(together, tokens, z, sigma, sigma_next, embeddings_next):
             shared, block = blueprint.together(together)
             logits = denoise(shared, block, tokens, z, jnp.full(tokens.shape[:1], sigma), **edm)
-            probs = jax.nn.softmax(logits)
-            denoised = probs @ shared.table()
-            z = euler_step(z, denoised, sigma, sigma_next)
-            if embeddings_next is not None:
-                z = z + (probs @ normalize_rows(embeddings_next) - denoised)
-            return logits, z
+            return logits, move(shared, logits, z, sigma, sigma_next, embeddings_next)
 
         self._step = step
 
@@ -50,14 +44,8 @@ class Chain:
         self, params: dict[str, Params], tokens: Int[Array, "b t"], z: Float[Array, "b t d"]
     ) -> Iterator[Float[Array, "b t v"]]:
         """Logits of every token after each step of the sampler from `z`, by the block that owns the level."""
-        sigmas, owners = sampler_plan(self.config)
-        levels = sigmas.astype(np.float32)
-        for i, owner in enumerate(owners):
-            last = i == len(owners) - 1
-            level_next, owner_next = (levels[i], owner) if last else (levels[i + 1], owners[i + 1])
-            name_next = self.blueprint.names(owner_next)[0]
-            embeddings_next = None if name_next == "shared" else to_device(params[name_next]["embeddings"])
-            logits, z = self._step(self._together(params, owner), tokens, z, levels[i], level_next, embeddings_next)
+        for owner, *levels_and_embeddings in visits(sampler_plan(self.config), self.blueprint, params):
+            logits, z = self._step(self._together(params, owner), tokens, z, *levels_and_embeddings)
             yield logits
 
     def joined(self, params: dict[str, Params], tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
@@ -84,12 +72,8 @@ def score_chain(
 ) -> dict[str, Any]:
     """{"bits_by_step", "bits_joined"} of a split, in bits per character, as `scores.make_score` counts them."""
     chain = Chain(config, blueprint)
-    count = len(source)
-    size = min(scored_at_once(config, card.length, len(card.vocabulary)), count)
     totals, characters = np.zeros(len(sampler_plan(config)[0]) + 1), 0
-    for start in range(0, count, size):
-        places = np.arange(start, start + size) % count  # all batches have one shape
-        real = min(size, count - start)
+    for places, real in scored_batches(config, card, len(source)):
         rows = source.take(places)["tokens"].astype(np.int32)
         characters += card.vocabulary.count_characters(rows[:real, 1:].ravel())
         tokens = jnp.asarray(rows)

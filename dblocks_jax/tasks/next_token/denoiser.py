@@ -99,17 +99,29 @@ def denoise_step(
     sigma_data: float,
     embeddings_next: Float[Array, "v d"] | None = None,
 ) -> tuple[Float[Array, "b v"], Float[Array, "b d"], Cache]:
-    """One Euler step of the token at `position`: (logits at sigma, z at sigma_next, cache).
-
-    The estimate that z moves toward is the mean of the embeddings under the logits. Where the next step's block has
-    embeddings of its own, `embeddings_next`, the estimate is carried over to them, and the noise stays what it is.
-    """
+    """One step of the token at `position`: (logits at sigma, z at sigma_next by `move`, cache)."""
     c = precondition(jnp.full(z.shape[:1], sigma), sigma_data)
     cond = shared.noise(c.c_noise)
     z_in = (c.c_in[:, None] * z)[:, None]
     x, cache = block.step(z_in.astype(shared.dtype), cond, cache, position)
     logits = read_out(shared, shared.normalize(x, cond), z[:, None], c)[:, 0]
+    return logits, move(shared, logits, z, sigma, sigma_next, embeddings_next), cache
+
+
+def move(
+    shared: DBlockLlamaShared,
+    logits: Float[Array, "b *t v"],
+    z: Float[Array, "b *t d"],
+    sigma: Scalar,
+    sigma_next: Scalar,
+    embeddings_next: Float[Array, "v d"] | None,
+) -> Float[Array, "b *t d"]:
+    """z at sigma_next by Euler's step toward the mean of the embeddings under the logits.
+
+    Where the next step's block has embeddings of its own, `embeddings_next`, the estimate is carried over to them, and
+    the noise stays what it is.
+    """
     probs = jax.nn.softmax(logits)
     denoised = probs @ shared.table()
     z = euler_step(z, denoised, sigma, sigma_next)
-    return logits, z if embeddings_next is None else z + (probs @ normalize_rows(embeddings_next) - denoised), cache
+    return z if embeddings_next is None else z + (probs @ normalize_rows(embeddings_next) - denoised)

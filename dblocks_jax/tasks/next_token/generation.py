@@ -4,6 +4,7 @@ Blocks write as the paper does: each token starts as noise and is denoised level
 level; the last logits choose it; then every block reads the token that was chosen.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dblocks_jax.diffusion.sampler import initial_z
-from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.tasks.gaussian import gaussian
 from dblocks_jax.tasks.next_token.denoiser import append, denoise_step, remember
@@ -25,6 +26,21 @@ def sampler_plan(config: ConfigDict) -> tuple[Float[np.ndarray, " n"], list[int]
     corruption = gaussian(config)
     sigmas = corruption.levels(config.num_inference_steps or config.num_blocks, config.sampler_spacing)
     return sigmas, corruption.owners(sigmas)
+
+
+def visits(
+    plan: tuple[Float[np.ndarray, " n"], list[int]], blueprint: Blueprint, params: dict[str, Params]
+) -> Iterator[tuple[int, np.float32, np.float32, Array | None]]:
+    """(block, its level, the next one, embeddings of the next step's block if it has its own) of each step of a plan.
+
+    The last step stays where it is.
+    """
+    sigmas, owners = plan
+    levels = sigmas.astype(np.float32)
+    following = zip([*levels[1:], levels[-1]], [*owners[1:], owners[-1]], strict=True)
+    for owner, level, (level_next, owner_next) in zip(owners, levels, following, strict=True):
+        name = blueprint.names(owner_next)[0]
+        yield owner, level, level_next, None if name == "shared" else to_device(params[name]["embeddings"])
 
 
 def starting_noise(config: ConfigDict, samples: Int[Array, " b"], position: Int[Array, ""]) -> Float[Array, "b d"]:
@@ -57,9 +73,7 @@ def _step(modules, token, cache, position):
 
 
 def _block_writer(config: ConfigDict, blueprint: Blueprint, choose: Choose) -> Writer:
-    sigmas, owners = sampler_plan(config)
-    levels = sigmas.astype(np.float32)
-    blocks = range(config.num_blocks)
+    plan, blocks = sampler_plan(config), range(config.num_blocks)
 
     @partial(jax.jit, static_argnums=2)
     def prefill(together, prompt, length):
@@ -89,13 +103,8 @@ def _block_writer(config: ConfigDict, blueprint: Blueprint, choose: Choose) -> W
         caches = [prefill(together(block), prompt, length) for block in blocks]
         for position in map(jnp.int32, range(start, length)):
             z, logits = begin(samples, position), None
-            for i, owner in enumerate(owners):
-                next_level, next_owner = (values[min(i + 1, len(values) - 1)] for values in (levels, owners))
-                name_next = blueprint.names(next_owner)[0]
-                embeddings_next = None if name_next == "shared" else to_device(params[name_next]["embeddings"])
-                logits, z, caches[owner] = step(
-                    together(owner), z, caches[owner], position, levels[i], next_level, embeddings_next
-                )
+            for owner, *levels_and_embeddings in visits(plan, blueprint, params):
+                logits, z, caches[owner] = step(together(owner), z, caches[owner], position, *levels_and_embeddings)
             assert logits is not None
             token = choose(logits, samples, position)
             yield token, logits

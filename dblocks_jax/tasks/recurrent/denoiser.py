@@ -87,6 +87,19 @@ def dblock_logits(
     return logits, {"prelude": prelude, "core": core, "coda": coda}
 
 
+def denoise(
+    shared: DBlockHuginnShared,
+    trunk: RecurrentTrunk,
+    tokens: Int[Array, "b t"],
+    z: Float[Array, "b t d"],
+    c: Preconditioning,
+) -> Float[Array, "b t d"]:
+    """F of all positions in one pass, each given the tokens up to it."""
+    run = whole(trunk)
+    e, _ = run("prelude", shared.embed(tokens), None)
+    return denoise_at(shared, trunk, run, e, z, c, (None, None))[0]
+
+
 def denoise_at(
     shared: DBlockHuginnShared,
     trunk: RecurrentTrunk,

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
 from dblocks_jax.models.huginn import DBlockHuginnShared, Huginn, RecurrentTrunk, draw_steps, initial_state
-from dblocks_jax.tasks.recurrent.denoiser import denoise_at, read_out, whole
+from dblocks_jax.tasks.recurrent.denoiser import denoise, read_out
 from dblocks_jax.tasks.task import Losses
 from dblocks_jax.tasks.text_order import losses_of_following
 
@@ -33,9 +33,8 @@ def denoising_losses(
     Behind the last token stands the first one, which moves nothing: no other position reads it, and it is not counted.
     """
     z = shared.table()[jnp.roll(tokens, -1, axis=1)] + sigma[:, None, None] * eps
-    c, run = precondition(sigma, sigma_data), whole(trunk)
-    e, _ = run("prelude", shared.embed(tokens), None)
-    features, _ = denoise_at(shared, trunk, run, e, z, c, (None, None))
+    c = precondition(sigma, sigma_data)
+    features = denoise(shared, trunk, tokens, z, c)
 
     def read(features: Array, z: Array) -> Array:
         return read_out(shared, features, z, c)

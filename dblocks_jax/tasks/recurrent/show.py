@@ -11,7 +11,7 @@ from dblocks_jax.models.huginn import MEAN_STEPS, DBlockHuginnShared, Huginn, Re
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.findings import DataShown
-from dblocks_jax.tasks.recurrent.denoiser import denoise_at, read_out, whole
+from dblocks_jax.tasks.recurrent.denoiser import denoise, read_out
 from dblocks_jax.tasks.recurrent.task import Recurrent
 from dblocks_jax.tasks.text_show import ABOUT_TEXTS, FIGURES_OF_TEXTS, curve_of_bits, text_shown
 
@@ -49,10 +49,8 @@ class Pass(nnx.Module):
 
     def __call__(self, tokens, z, sigma):
         """Logits."""
-        c, run = precondition(sigma, self.sigma_data), whole(self.trunk)
-        e, _ = run("prelude", self.shared.embed(tokens), None)
-        features, _ = denoise_at(self.shared, self.trunk, run, e, z, c, (None, None))
-        return read_out(self.shared, features, z, c)
+        c = precondition(sigma, self.sigma_data)
+        return read_out(self.shared, denoise(self.shared, self.trunk, tokens, z, c), z, c)
 
 
 def step_of(task: Recurrent, modules: tuple[Any, ...]) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
