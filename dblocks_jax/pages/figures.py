@@ -20,3 +20,11 @@ class Figure(NamedTuple):
         digits = 1 if self.is_share else self.digits
         spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
         return f"{scale * mean:.{digits}f}{spread}{unit}"
+
+    def show_difference(self, difference: float, low: float, high: float) -> str:
+        """A cell about a difference of means and its interval, of shares in points; and whether there is one."""
+        scale, unit = (100, " points") if self.is_share else (1, "")
+        digits = 1 if self.is_share else self.digits
+        shown = (f"{scale * value:+.{digits}f}" for value in (difference, low, high))
+        is_apart = low > 0 or high < 0
+        return "{} [{}, {}]{}, {}told apart".format(*shown, unit, "" if is_apart else "not ")
