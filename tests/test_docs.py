@@ -23,7 +23,7 @@ def test_the_configuration_page_is_up_to_date():
 def test_every_field_is_explained_once(task):
     fields = []
     for name in ("common", task):
-        sections = make_configuration.read_sections((ROOT / "configs" / f"{name}.py").read_text())
+        sections = make_configuration.sections_of(name)
         fields += [field for of_section in sections.values() for field in of_section]
     assert sorted(name for name, _ in fields) == sorted(make_configuration.defaults_of(task))
     assert all(meaning for _, meaning in fields)
