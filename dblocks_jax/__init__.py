@@ -2,7 +2,7 @@
 
 What is named here is what the package offers, each name documented where it is defined; all else may change.
 
-Train       default_config, train, memory_table
+Train       default_config, find_data, train, memory_table
 Use         load_trained, load_classifier, draw_images, write_texts, score_text; Trained, Classifier
 A task of   Task, Entry, MainScore, Losses, Draws, Corruption, ArrayData; Gaussian, NoiseDistribution, Masking,
 one's own   precondition, loss_weight, cross_entropy, solve
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dblocks_jax.diffusion.precondition import loss_weight, precondition
     from dblocks_jax.diffusion.sampler import solve
     from dblocks_jax.fields.defaults import default_config
-    from dblocks_jax.modes.in_use import draw_images, score_text, write_texts
+    from dblocks_jax.modes.in_use import draw_images, find_data, score_text, write_texts
     from dblocks_jax.modes.load import Classifier, Trained, load_classifier, load_trained
     from dblocks_jax.modes.memory import memory_table
     from dblocks_jax.modes.train import train
@@ -48,6 +48,7 @@ __all__ = [
     "cross_entropy",
     "default_config",
     "draw_images",
+    "find_data",
     "load_classifier",
     "load_trained",
     "loss_weight",
@@ -69,7 +70,7 @@ _NAMES = {
     "diffusion.precondition": ("loss_weight", "precondition"),
     "diffusion.sampler": ("solve",),
     "fields.defaults": ("default_config",),
-    "modes.in_use": ("draw_images", "score_text", "write_texts"),
+    "modes.in_use": ("draw_images", "find_data", "score_text", "write_texts"),
     "modes.load": ("Classifier", "Trained", "load_classifier", "load_trained"),
     "modes.memory": ("memory_table",),
     "modes.train": ("train",),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dblocks_jax.tasks.table import TASKS
-from docs import make_configuration
+from docs import make_configuration, make_notebook
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,6 +17,11 @@ PATH = r"(?:configs|dblocks_jax|docs|tests|benchmarks|checkpoints)/[\w/]*\w\.(?:
 def test_the_configuration_page_is_up_to_date():
     """If not: uv run docs/make_configuration.py"""
     assert make_configuration.PAGE.read_text() == make_configuration.make()
+
+
+def test_the_notebook_is_that_of_its_page():
+    """If not: uv run docs/make_notebook.py"""
+    assert make_notebook.NOTEBOOK.read_text() == make_notebook.make()
 
 
 @pytest.mark.parametrize("task", TASKS)

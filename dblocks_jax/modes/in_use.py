@@ -1,12 +1,14 @@
-"""Trained models in Python: images drawn, texts written and scored. Classifiers are in `load.py`."""
+"""Trained models in Python: images drawn, texts written and scored, and data. Classifiers are in `load.py`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Num
+from ml_collections import ConfigDict
 
 from dblocks_jax.data.pixels import PixelCard
+from dblocks_jax.data.source import Data
 from dblocks_jax.modes.continuing import continued
 from dblocks_jax.modes.load import Trained
 from dblocks_jax.modes.reading import score, score_in_order
@@ -17,8 +19,23 @@ from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.mask.task import MASK
 from dblocks_jax.tasks.mask.writing import read_template, read_text
+from dblocks_jax.tasks.table import entry_of
+from dblocks_jax.tasks.task import Entry
 from dblocks_jax.tasks.text_order import InOrder
 from dblocks_jax.training.config import arithmetic
+
+
+def find_data(config: ConfigDict, own: Entry | None = None) -> Data:
+    """What a config's run is trained and scored on; some data sets are downloaded at their first use.
+
+    `find_data(config).split("test").take(np.arange(8))` are eight examples, arrays [8, ...] by name: "image", uint8
+    [h, w, c], and "label" of images, "tokens" of text. The splits are "train", "test" and, where the config sets some
+    apart, "val".
+
+    Raises:
+      UserError: the config names no task or data set, or it cannot be read or downloaded.
+    """
+    return entry_of(config, own).find_data(config)
 
 
 def draw_images(
