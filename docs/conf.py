@@ -11,13 +11,13 @@ html_show_copyright = False
 myst_heading_anchors = 3
 highlight_language = "none"
 
-PAGE = re.compile(r"`docs/(\w+)\.md`")
+PAGE = re.compile(r"`docs/(\w+)\.(md|ipynb)`")  # a notebook's page has its name
 
 
 def link_pages(app, docname, source):
     """Pages name each other by their paths, for whoever reads them as files; here those are links."""
     del app, docname
-    source[0] = PAGE.sub(r"[`docs/\1.md`](/\1.md)", source[0])
+    source[0] = PAGE.sub(r"[`docs/\1.\2`](/\1.md)", source[0])
 
 
 def setup(app):
