@@ -25,7 +25,7 @@ assert about.get_payload() == (repository / "README.md").read_text() and about["
 
 begun = time.monotonic()
 notebook = nbformat.read(repository / "docs" / "blocks_in_ten_minutes.ipynb", as_version=4)
-NotebookClient(notebook, timeout=300).execute()
+NotebookClient(notebook, timeout=600).execute()
 outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
 accuracy = {name: float(share) for name, share in re.findall(r"(\w+): ([\d.]+)% of 360 test images", printed)}
