@@ -30,7 +30,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 import dblocks_jax
-from configs import classify, generate, mask, next_token, recurrent
+from dblocks_jax.fields.defaults import DEFAULTS
 from dblocks_jax.run.errors import Diverged, Stopped, Unsaved, UserError
 from dblocks_jax.run.naming import shown_lines, split_names
 from dblocks_jax.run.targets import parse_targets, prepare_environment
@@ -70,14 +70,6 @@ GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.
 TARGET = flags.DEFINE_string(
     "target", None, "For memory: devices that are not here, with commas between: h100, a100, v5e, h100:1x2x8, v5e:4x4."
 )
-# task -> the config file with all of its fields
-DEFAULTS = {
-    "classify": classify,
-    "generate": generate,
-    "mask": mask,
-    "next_token": next_token,
-    "recurrent": recurrent,
-}
 # flag -> the modes that take it
 MODES_OF = {
     "checkpoint": ("eval", "predict", "sample", "report", "export"),
@@ -163,9 +155,9 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
         )
     if task not in DEFAULTS:
         return f"get_config must return a ConfigDict whose task is one of {', '.join(DEFAULTS)}, not {task!r}"
-    if differing := set(config) ^ set(DEFAULTS[task].get_config()):
+    if differing := set(config) ^ set(DEFAULTS[task]()):
         names = ", ".join(sorted(differing))
-        return f"get_config must return the fields of configs/{task}.py; differing: {names}"
+        return f"get_config must return the fields of dblocks_jax/fields/{task}.py; differing: {names}"
     return None
 
 

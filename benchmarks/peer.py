@@ -21,7 +21,7 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step depends on; the fields are named as in configs/common.py."""
+    """What a step depends on; the fields are named as in dblocks_jax/fields/common.py."""
 
     model_type: str
     image_size: int

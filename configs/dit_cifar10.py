@@ -6,7 +6,7 @@ ACCURACY: not measured by us; the paper: FID 30.59 (train), 37.20 (test), plain 
 --config.num_blocks=1 --config.sampler_spacing=karras.
 """
 
-from configs import generate
+from dblocks_jax.fields import generate
 
 
 def get_config():

@@ -5,7 +5,7 @@ TIME: 2.4 minutes on 2 CPU cores, with the classifier that judges.
 ACCURACY: 99.7 % of the samples are taken for the digit that was asked for (one run).
 """
 
-from configs import generate
+from dblocks_jax.fields import generate
 
 
 def get_config():

@@ -5,7 +5,7 @@ TIME: not measured by us; the paper's plain DiT takes about 1e20 FLOP on ImageNe
 ACCURACY: not measured by us; the paper on ImageNet at 256 pixels: FID 9.00 (train), 10.63 (test), plain 9.01, 12.09.
 """
 
-from configs import generate
+from dblocks_jax.fields import generate
 
 
 def get_config():

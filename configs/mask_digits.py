@@ -5,7 +5,7 @@ TIME: not measured by us.
 ACCURACY: not measured by us. Digits have 17 grey levels of the 256 symbols, so knowing that alone takes 8 bits to 4.1.
 """
 
-from configs import mask
+from dblocks_jax.fields import mask
 
 
 def get_config():

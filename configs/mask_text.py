@@ -5,7 +5,7 @@ TIME: 4.7 minutes on 2 CPU cores, nothing compiled before.
 ACCURACY: at most 3.205 ± 0.002 bits per character (one run; the error is that of the estimate).
 """
 
-from configs import mask
+from dblocks_jax.fields import mask
 
 
 def get_config():

@@ -7,7 +7,7 @@ TIME: not measured by us.
 ACCURACY: not measured by us; the paper: 1.45 bits per character, plain masked diffusion 1.56.
 """
 
-from configs import mask
+from dblocks_jax.fields import mask
 
 
 def get_config():

@@ -5,7 +5,7 @@ TIME: 7 minutes on 2 CPU cores, nothing compiled before.
 ACCURACY: 2.478 bits per character, by the first block (one run).
 """
 
-from configs import next_token
+from dblocks_jax.fields import next_token
 
 
 def get_config():

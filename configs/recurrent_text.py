@@ -5,7 +5,7 @@ TIME: 2 minutes 50 seconds on 2 CPU cores, nothing compiled before.
 ACCURACY: 2.627 bits per character, by the first level (one run).
 """
 
-from configs import recurrent
+from dblocks_jax.fields import recurrent
 
 
 def get_config():

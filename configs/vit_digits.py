@@ -5,7 +5,7 @@ TIME: 0.8 minutes on 2 CPU cores.
 ACCURACY: 98.0 +- 0.6 % (5 seeds, 360 test images).
 """
 
-from configs import classify
+from dblocks_jax.fields import classify
 
 
 def get_config():

@@ -5,7 +5,7 @@ TIME: depends on your images; the model is the one of CIFAR, at 32 pixels.
 ACCURACY: depends on your images.
 """
 
-from configs import classify
+from dblocks_jax.fields import classify
 
 
 def get_config():

@@ -5,7 +5,7 @@ TIME: not measured by us, and the paper gives none.
 ACCURACY: not measured by us; the paper reached 35.32 %.
 """
 
-from configs import classify
+from dblocks_jax.fields import classify
 
 
 def get_config():

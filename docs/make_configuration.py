@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from configs import common  # noqa: E402
+from dblocks_jax.fields.defaults import default_config  # noqa: E402
 from dblocks_jax.tasks import gaussian, images, text, text_order  # noqa: E402
 from dblocks_jax.tasks.classify import config as classify  # noqa: E402
 from dblocks_jax.tasks.generate import config as generate  # noqa: E402
@@ -35,7 +35,7 @@ SECTION = re.compile(r"    # (.*)\.$")
 HEAD = """# Configuration
 
 Every field can be set on the command line, as `--config.FIELD=VALUE`. Fields that all tasks have stand in
-`configs/common.py`, those of a task in the file of its name, `configs/classify.py` and so on, with their defaults: for
+`dblocks_jax/fields/common.py`, those of a task in the file of its name beside it, with their defaults: for
 classification the released program on CIFAR-100. The last column says what may differ from the saved run: when it goes
 on (*resume*: fields that no parameter depends on), or when it is scored, used or exported (*use*).
 
@@ -58,6 +58,11 @@ def read_sections(source: str) -> dict[str, list[Field]]:
         elif found := FIELD.match(line):
             list(sections.values())[-1].append(Field(found[1], found[2] or ""))
     return sections
+
+
+def sections_of(name: str) -> dict[str, list[Field]]:
+    """Those of a task, or of "common"."""
+    return read_sections((ROOT / "dblocks_jax" / "fields" / f"{name}.py").read_text())
 
 
 def checked(task: str, name: str) -> dict[str, Any]:
@@ -101,15 +106,13 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def defaults_of(task: str) -> dict[str, Any]:
     """Every field of a task with its default."""
-    return importlib.import_module(f"configs.{task}").get_config().to_dict()
+    return default_config(task).to_dict()
 
 
 def shipped() -> list[tuple[str, ...]]:
     """Each config file with its purpose and what it changes."""
     rows = []
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.stem in ("common", *TASKS):
-            continue
         module = importlib.import_module(f"configs.{path.stem}")
         config = module.get_config().to_dict()
         defaults = defaults_of(config["task"])
@@ -120,11 +123,11 @@ def shipped() -> list[tuple[str, ...]]:
 
 def make() -> str:
     """The page."""
-    files = {"common": common.get_config().to_dict()} | {task: defaults_of(task) for task in TASKS}
+    files = {"common": default_config().to_dict()} | {task: defaults_of(task) for task in TASKS}
     parts = [HEAD]
     for name, defaults in files.items():
         parts.append(f"## Fields of {'all tasks' if name == 'common' else f'the task `{name}`'}\n")
-        for title, fields in read_sections((ROOT / "configs" / f"{name}.py").read_text()).items():
+        for title, fields in sections_of(name).items():
             rows = [
                 (
                     f"`{field}`",

@@ -7,12 +7,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 import dblocks_jax
-from configs import common
-from dblocks_jax.data.arrays import ArrayData
-from dblocks_jax.diffusion.gaussian import Gaussian, NoiseDistribution
-from dblocks_jax.diffusion.precondition import loss_weight, precondition
-from dblocks_jax.diffusion.sampler import solve
-from dblocks_jax.tasks.task import Entry, Losses, Task
+from dblocks_jax import ArrayData, Entry, Gaussian, Losses, NoiseDistribution, Task, loss_weight, precondition, solve
 
 SIGMA_DATA, WIDTH = 0.4, 96  # standard deviation of a coordinate; width of the network
 
@@ -60,9 +55,9 @@ SPIRALS = Entry("spirals", find_data=lambda config: DATA, make=Spirals)
 
 
 def main(workdir, **fields):
-    config = common.get_config()
+    config = dblocks_jax.default_config()
     config.update({"task": "spirals", "num_blocks": 2, "num_layers": 8, "num_epochs": 60, "lr": 3e-3} | fields)
-    dblocks_jax.train(SPIRALS, config, workdir)
+    dblocks_jax.train(config, workdir, own=SPIRALS)
     run = dblocks_jax.load_trained(workdir, own=SPIRALS)
     noise, arm = run.task.corruption, np.arange(1000) % 2
     levels = noise.levels(40, "karras")

@@ -1,6 +1,7 @@
 """A decoder, once trained: scores, what it writes, report, export and a text that it reads say one thing."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -11,10 +12,11 @@ from ml_collections import ConfigDict
 from test_pages import Page
 from test_writing import text_of
 
-from configs import next_token, recurrent
+from dblocks_jax.fields import next_token, recurrent
 from dblocks_jax.modes.continuing import continue_text
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
+from dblocks_jax.modes.in_use import draw_images, score_text, write_texts
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_trained
 from dblocks_jax.modes.reading import predict_text
@@ -72,9 +74,27 @@ def test_a_text_is_gone_on_from(run):
     found = continue_text(config, workdir, text="ant", count=3, **ANSWER)
     assert len(found["texts"]) == 3 and all(len(text) == 8 and text.startswith("ant") for text in found["texts"])
     assert found["texts"] == continue_text(config, workdir, text="ant", count=3, **ANSWER)["texts"]
-    for text, message in (("", "--text is empty"), ("ant bee ", "the text has 8 tokens")):
+    for text, message in (("", "the text is empty"), ("ant bee ", "the text has 8 tokens")):
         with pytest.raises(UserError, match=message):
             continue_text(config, workdir, text=text, count=1, **ANSWER)
+
+
+def test_what_is_written_is_likely_to_the_reader(run):
+    """The likeliest of 27 letters has at least their mean probability, and the product of all is the bits.
+
+    The reader takes several spaces for one.
+    """
+    trained = load_trained(run[1])
+    [text] = write_texts(trained, 1, "ant")
+    found = score_text(trained, text)
+    each = [token["probability"] for token in found["tokens"]]
+    assert "".join(token["symbol"] for token in found["tokens"]) == re.sub(" +", " ", text)[1:]
+    assert each[2] >= 1 / 27  # the first that was written
+    assert found["bits"] == pytest.approx(-sum(map(math.log2, each)) / len(each))
+    with pytest.raises(UserError, match=r"a model of the task \w+ on text_file draws no images"):
+        draw_images(trained, np.zeros(1, int))
+    with pytest.raises(UserError, match=r"count must lie in \[1, 10,000\], not 0"):
+        write_texts(trained, 0)
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dblocks_jax.tasks.table import TASKS
-from docs import make_configuration
+from docs import make_configuration, make_notebook
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "checkpoints" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,11 +19,16 @@ def test_the_configuration_page_is_up_to_date():
     assert make_configuration.PAGE.read_text() == make_configuration.make()
 
 
+def test_the_notebook_is_that_of_its_page():
+    """If not: uv run docs/make_notebook.py"""
+    assert make_notebook.NOTEBOOK.read_text() == make_notebook.make()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_field_is_explained_once(task):
     fields = []
     for name in ("common", task):
-        sections = make_configuration.read_sections((ROOT / "configs" / f"{name}.py").read_text())
+        sections = make_configuration.sections_of(name)
         fields += [field for of_section in sections.values() for field in of_section]
     assert sorted(name for name, _ in fields) == sorted(make_configuration.defaults_of(task))
     assert all(meaning for _, meaning in fields)

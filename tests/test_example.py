@@ -1,8 +1,4 @@
-"""A stranger's network and task, outside the package, trained by our trainer; and what the package offers by name."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""A stranger's network and task, outside the package, trained by our trainer."""
 
 import jax
 import numpy as np
@@ -11,15 +7,11 @@ from PIL import Image
 
 import dblocks_jax
 from dblocks_jax.data.arrays import ArrayData
-from dblocks_jax.modes import load
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import logged
-from dblocks_jax.training import loop
 from dblocks_jax.training.heldout import held_out_loss
 from dblocks_jax.training.setting import new_model
 from examples import own_task
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +74,3 @@ def test_arrays_that_are_no_examples_are_refused():
         ArrayData("p", {"train": np.zeros(3)})
     with pytest.raises(UserError, match=r"split 'test' of p have \[2, 3\] examples"):
         ArrayData("p", {"train": np.zeros(3), "test": {"x": np.zeros(2), "y": np.zeros(3)}})
-
-
-def test_the_package_offers_its_names_and_loads_nothing_before():
-    assert dblocks_jax.train is loop.train
-    assert dblocks_jax.load_trained is load.load_trained and dblocks_jax.load_classifier is load.load_classifier
-    with pytest.raises(AttributeError, match="no attribute 'load_everything'"):
-        _ = dblocks_jax.load_everything
-    code = "import sys, dblocks_jax; sys.exit('jax' in sys.modules or 'flax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

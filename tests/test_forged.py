@@ -13,19 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 from runs import TINY
 
-from configs import (
-    classify,
-    dblock_digits,
-    dit_digits,
-    generate,
-    mask,
-    mask_text,
-    next_text,
-    next_token,
-    recurrent,
-    recurrent_text,
-)
+from configs import dblock_digits, dit_digits, mask_text, next_text, recurrent_text
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.fields import classify, generate, mask, next_token, recurrent
 from dblocks_jax.modes import load
 from dblocks_jax.modes.load import load_run
 from dblocks_jax.modes.merge import merge

@@ -21,6 +21,7 @@ from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
 from dblocks_jax.modes.generation import sample_and_score
+from dblocks_jax.modes.in_use import draw_images
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
@@ -95,6 +96,16 @@ def test_samples_are_written_for_people_and_for_programs(run, tmp_path):
         assert grid.size == (3 * 66 + 2, 2 * 66 + 2)  # 5 in rows of 3, enlarged to 64
     make(run, tmp_path, count=2)
     assert len(list(folder.glob("0*.png"))) == 2  # those of before are gone
+
+
+def test_in_python_an_image_is_that_of_its_class_and_place(run, tmp_path):
+    _, array = make(run, tmp_path, classes=("3", "7"), count=5)
+    trained = load_trained(run[1])
+    images = draw_images(trained, np.array([3, 3, 3, 7, 7]), 2.0)
+    np.testing.assert_array_equal(np.broadcast_to(images, array.shape), array)
+    for labels, message in (([3, 10], r"labels must lie in \[0, 9\], not in \[3, 10\]"), ([], "labels are empty")):
+        with pytest.raises(UserError, match=message):
+            draw_images(trained, labels)
 
 
 @pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import mask
 from dblocks_jax.data.arrays import Arrays
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.fields import mask
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.masked_transformer import run_block
 from dblocks_jax.run.errors import UserError

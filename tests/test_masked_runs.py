@@ -9,7 +9,7 @@ from test_growing import killed, run, steps  # noqa: F401 (the fixture by which 
 from test_writing import TINY as OF_TEXT
 from test_writing import text_of
 
-from configs import mask
+from dblocks_jax.fields import mask
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.merge import merge
 from dblocks_jax.run.errors import UserError

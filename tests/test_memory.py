@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import classify, dit_digits
+from configs import dit_digits
+from dblocks_jax.fields import classify
 from dblocks_jax.modes import memory
 from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table, step_memory
 from dblocks_jax.run.devices import naming_lack_of_memory

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import next_token
 from dblocks_jax.data.arrays import Arrays
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.fields import next_token
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.next_token.chain import Chain, score_chain

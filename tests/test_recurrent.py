@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import recurrent
 from dblocks_jax.data.arrays import Arrays
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.fields import recurrent
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.recurrent.config import check, plain, written_at_once

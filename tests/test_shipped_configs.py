@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dblocks_jax.tasks.table import TASKS
-
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "configs"
-NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("common", *TASKS))
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def resolved(name: str) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import classify
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.data.feed import Resident, Streamed
+from dblocks_jax.fields import classify
 from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.models.dblock_vit import make_dblock_vit
 from dblocks_jax.models.vit import Architecture

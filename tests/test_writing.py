@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_pages import Page
 
-from configs import mask, mask_digits
+from configs import mask_digits
 from dblocks_jax.data.vocabulary import letters
+from dblocks_jax.fields import mask
 from dblocks_jax.models.masked_transformer import run_block
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
+from dblocks_jax.modes.in_use import score_text, write_texts
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_trained
 from dblocks_jax.modes.reading import predict_text
@@ -291,6 +293,22 @@ def test_texts_that_cannot_be_read_are_one_line(run, text, message):
         predict_text(run[0], run[1], text, overrides={}, checkpoint="best")
 
 
+def test_in_python_what_is_given_stays_and_a_text_has_the_bits_that_are_printed(run):
+    trained = load_trained(run[1])
+    for text in write_texts(trained, 3, "c_t do"):
+        assert re.fullmatch("c[a-z ]t do", text)
+    assert (
+        score_text(trained, "cat do").items()
+        <= predict_text(*run[:2], "cat do", overrides={}, checkpoint="best").items()
+    )
+    with pytest.raises(UserError, match="the text has blanks"):
+        score_text(trained, "c_t do")
+    with pytest.raises(UserError, match="has nothing to fill in"):
+        write_texts(trained, 1, "cat do")
+
+
 def test_a_model_of_pixels_reads_no_text(drawn):
+    with pytest.raises(UserError, match="a model of the task mask on digits knows no text"):
+        score_text(load_trained(drawn[1]), "a text")
     with pytest.raises(UserError, match="was trained on images, of which it makes more"):
         predict_text(*drawn, "a text", overrides={}, checkpoint="best")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.images import telling
 from dblocks_jax.modes.load import Trained, load_run, only
 from dblocks_jax.modes.sample import FOLDER
-from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, write_texts
+from dblocks_jax.modes.writing import MOST_TEXTS, STAGES, TEXTS, save_texts
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.naming import shown
 from dblocks_jax.tasks.next_token.chain import score_chain
@@ -65,21 +65,31 @@ def continue_text(
     if not 1 <= count <= MOST_TEXTS:
         raise UserError(f"--count must lie in [1, {MOST_TEXTS:,}], not {count}")
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
-    card = only(trained, workdir, NEXT_TOKEN, RECURRENT).card
+    texts = continued(only(trained, workdir, NEXT_TOKEN, RECURRENT), text, count)
+    print("\n".join(shown(each) for each in texts[:STAGES]))
+    save_texts(workdir / FOLDER / TEXTS, texts)
+    about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
+    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
+
+
+def continued(trained: Trained, text: str | None, count: int) -> list[str]:
+    """`count` texts that begin with `text`: see `continue_text`.
+
+    Raises:
+      UserError: the text does not fit.
+      Diverged: the model's answers are not finite.
+    """
+    card = trained.card
     blank = " " if " " in card.vocabulary.symbols or card.vocabulary.kind == "bpe" else card.vocabulary.symbols[0]
     prompt = card.vocabulary.encode(blank if text is None else text)
     if not len(prompt):
-        raise UserError("--text is empty: leave it out, or write what is to be gone on from")
+        raise UserError("the text is empty: leave it out, or write what is to be gone on from")
     if len(prompt) >= card.length:
         raise UserError(
             f"the text has {len(prompt)} tokens, and with what follows the model sees {card.length}: shorten it"
         )
     made = write_on(trained, np.tile(prompt, (count, 1)), card.length - len(prompt))
-    texts = [card.vocabulary.decode(np.concatenate([prompt, row])) for row in made]
-    print("\n".join(shown(each) for each in texts[:STAGES]))
-    write_texts(workdir / FOLDER / TEXTS, texts)
-    about = {"mode": "sample", "workdir": str(workdir), "checkpoint": trained.step, "seed": trained.config.seed}
-    return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
+    return [card.vocabulary.decode(np.concatenate([prompt, row])) for row in made]
 
 
 def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -98,7 +108,7 @@ def continue_and_score(trained: Trained, data: Any, workdir: Path) -> tuple[dict
     texts = list(zip(_decoded(decode, real[:, :given]), _decoded(decode, made), strict=True))
     for beginning, text in texts[:STAGES]:
         logging.info("%s | %s", shown(beginning), shown(text))
-    write_texts(workdir / TEXTS, ["".join(each) for each in texts])
+    save_texts(workdir / TEXTS, ["".join(each) for each in texts])
     known = known_words(data.split("train").tokens, decode)
     figures = text_scores([text for _, text in texts], _decoded(decode, real[:, given:]), known)
     return {"num_samples": len(real)} | figures, texts

@@ -40,6 +40,7 @@ def predict_text(
     trained, _ = load_run(workdir, checkpoint=checkpoint, config=config, overrides=overrides)
     if isinstance(trained.task, InOrder):
         found = score_in_order(trained, trained.task, text)
+        print(in_words(found))
         return _written(found, trained, workdir)
     card = only(trained, workdir, MASK).card
     if not isinstance(card, TextCard):
@@ -48,7 +49,18 @@ def predict_text(
     with arithmetic(trained.config):
         is_whole = not template.is_hidden[: template.given].any()
         found = score(trained, template) if is_whole else fill_in(trained, template)
+    if is_whole:
+        print(in_words(found))
+    else:
+        print_blanks(found["filled"], found["blanks"])
     return _written(found, trained, workdir)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """A line about a text that was scored: the bits, or the most that they are."""
+    error = found.get("bits_error", math.nan)
+    most, spread = "<= " if "bits_error" in found else "", "" if math.isnan(error) else f" ± {error:.4f}"
+    return f"{most}{found['bits']:.4f}{spread} bits per character: {shown(found['text'])}"
 
 
 def _written(found: dict[str, Any], trained: Trained, workdir: Path) -> dict[str, Any]:
@@ -78,7 +90,6 @@ def score_in_order(trained: Trained, task: InOrder, text: str) -> dict[str, Any]
     bits = -log_p.sum() / math.log(2) / max(1, characters)
     if not math.isfinite(bits):
         raise Diverged(NOT_FINITE)
-    print(f"{bits:.4f} bits per character: {shown(vocabulary.decode(tokens))}")
     each = [
         {"symbol": vocabulary.decode(tokens[i : i + 1]), "probability": math.exp(log_p[i - 1])}
         for i in range(1, len(tokens))
@@ -94,8 +105,6 @@ def score(trained: Trained, template: Template) -> dict[str, Any]:
     bits, error = bits_of_text(template, task.corruption, trained.blueprint, trained.params, config.bound_draws)
     if not math.isfinite(bits):
         raise Diverged(NOT_FINITE)
-    spread = "" if math.isnan(error) else f" ± {error / characters:.4f}"
-    print(f"<= {bits / characters:.4f}{spread} bits per character: {shown(vocabulary.decode(tokens))}")
     return {
         "text": vocabulary.decode(tokens), "characters": characters, "bits": bits / characters,
         "bits_error": error / characters,
@@ -122,7 +131,6 @@ def fill_in(trained: Trained, template: Template) -> dict[str, Any]:
         }
         for blank in blanks
     ]
-    print_blanks(filled, records)
     return {"filled": filled, "probability": math.prod(blank.probability for blank in blanks), "blanks": records}
 
 

@@ -90,7 +90,7 @@ def sample_texts(
     for stage in batches[0]:
         print(f"block {stage.block}: {show(stage.tokens[0], stage.is_hidden[0], card)}")
     texts = texts_of(batches, template, card)
-    write_texts(workdir / FOLDER / TEXTS, texts)
+    save_texts(workdir / FOLDER / TEXTS, texts)
     return about | {"num_texts": count, "texts": texts[:STAGES], "file": str(workdir / FOLDER / TEXTS)}
 
 
@@ -113,7 +113,7 @@ def texts_of(batches: Iterable[list[Stage]], template: Template, card: TextCard)
     return [card.vocabulary.decode(row[: template.given]) for stages in batches for row in stages[-1].tokens]
 
 
-def write_texts(path: Path, texts: list[str]) -> None:
+def save_texts(path: Path, texts: list[str]) -> None:
     """A line each; line breaks within are spaces."""
     with saving(path):
         path.parent.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def make_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
         logging.info("block %d: %s", stage.block, show(stage.tokens[0], stage.is_hidden[0], card))
     decode = card.vocabulary.decode
     texts = texts_of(batches, template, card)
-    write_texts(workdir / TEXTS, texts)
+    save_texts(workdir / TEXTS, texts)
     test = data.split("test")
     real = [decode(row) for row in test.take(np.unique(np.linspace(0, len(test) - 1, count).astype(int)))["tokens"]]
     known = known_words(data.split("train").tokens, decode)

@@ -1,4 +1,4 @@
-"""Every field that all tasks have, with its default. Those of a task stand beside: `configs/classify.py` and so on."""
+"""Every field that all tasks have, with its default. Those of a task stand beside it."""
 
 from ml_collections import ConfigDict
 

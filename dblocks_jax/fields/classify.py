@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from dblocks_jax.fields import common
 
 
 def get_config() -> ConfigDict:
