@@ -12,11 +12,13 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
+from playing import frames, mistake, pixels_of, send, served
 from test_pages import Page
 
 from configs import mask, mask_digits
 from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.models.masked_transformer import run_block
+from dblocks_jax.modes import demo
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
@@ -28,6 +30,7 @@ from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import finish, write_json
+from dblocks_jax.tasks.mask.demo import HIDDEN
 from dblocks_jax.tasks.mask.reading import fill_by
 from dblocks_jax.tasks.mask.report import pieces
 from dblocks_jax.tasks.mask.task import MASK
@@ -68,6 +71,23 @@ def test_training_and_evaluation_score_alike(run):
     assert {"bits", "bits_error", "bits_by_block", "distinct_2", "repetition_data", "known_words"} <= names
     assert {name: scored[name] for name in names} == {name: trained[name] for name in names}
     assert len((workdir / "samples.txt").read_text().splitlines()) == 20
+
+
+def test_a_page_uncovers_a_text(run, tmp_path):
+    """What is written stays, and so does what is uncovered, until nothing is hidden."""
+    with served(demo.open_server(load_trained(run[1]), "run", 0)) as server:
+        found = frames(server, {"text": "c_t d", "number": 3})
+        assert frames(server, {"text": "c_t d", "number": 3}) == found
+        for text, told in (("", "is empty"), ("ant bees", "nothing to fill in"), ("ant bees ", "of which the model sees 8")):
+            assert told in mistake(server, {"text": text, "number": 0})
+        (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+    texts = ["c_t d___", *("".join(piece["text"] for piece in frame["pieces"]) for frame in found)]
+    assert len(found) == 6 and "_" not in texts[-1]
+    for before, after in pairwise(texts):
+        assert all(b in (a, "_") for b, a in zip(before, after, strict=True))
+    assert found[-1]["pieces"][0] == {"block": -2, "text": "c"}
+    assert {piece["block"] for piece in found[-1]["pieces"]} <= {-2, 0, 1}
+    assert Page(tmp_path / "page.html").loaded == []
 
 
 def test_the_text_is_inspected(run, tmp_path, capsys):

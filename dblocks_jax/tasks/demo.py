@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -51,7 +50,7 @@ def number(wanted: Wanted, name: str, low: float, high: float) -> float:
       UserError: it is none, or does not lie in [low, high].
     """
     value = wanted.get(name)
-    if type(value) not in (int, float) or not (math.isfinite(value) and low <= value <= high):
+    if type(value) not in (int, float) or not low <= value <= high:  # NaN does not
         raise UserError(f"{name} must be a number in [{low:g}, {high:g}]")
     return float(value)
 

@@ -40,7 +40,7 @@ def demo(task: Generate, blueprint: Blueprint, params: dict[str, Params], test: 
     def answer(wanted: Wanted) -> Iterator[Frame]:
         classes, count = classes_of(wanted, len(names)), whole_number(wanted, "count", 1, MOST_IMAGES)
         seed = whole_number(wanted, "seed", 0, LARGEST_NUMBER)
-        scale = number(wanted, "cfg_scale", 0, LARGEST_SCALE)
+        scale = number(wanted, "cfg_scale", 0.0, LARGEST_SCALE)
         places = np.minimum(np.arange(MOST_IMAGES, dtype=np.int32), count - 1)
         labels = np.array([classes[place * len(classes) // count] for place in places], np.int32)
         chain = sampler(params, places, labels, scale, seed)
