@@ -241,7 +241,9 @@ def main(argv: list[str]) -> None:
         stop.end()
 
 
-def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[str], stop: Any) -> dict[str, Any] | None:
+def run_mode(
+    config: Any, workdir: Path, overrides: dict[str, Any], more: list[str], stop: Any
+) -> dict[str, Any] | None:
     """Do what --mode asks for; its result, if it has one, is the last line that is printed."""
     saved = {"overrides": overrides, "checkpoint": CHECKPOINT.value}
     start = {"overrides": overrides, "command": sys.argv}

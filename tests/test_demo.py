@@ -185,7 +185,7 @@ def test_texts_and_files_are_what_they_should_be():
 
 @pytest.mark.parametrize("classes", [[], [10], [-1], ["3"], [True], [0] * 11, None, 3, {"0": 1}])
 def test_classes_are_numbers_of_classes(classes):
-    with pytest.raises(UserError, match="choose at least one class|classes are numbers from 0 to 9"):
+    with pytest.raises(UserError, match=r"choose at least one class|classes are numbers from 0 to 9"):
         classes_of({"classes": classes}, 10)
     assert classes_of({"classes": [3, 9]}, 10) == [3, 9]
 

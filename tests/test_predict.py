@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.predict import describe, find_images, predict, print_table
 from dblocks_jax.modes.train import train
-from dblocks_jax.run.errors import Diverged, UserError
+from dblocks_jax.run.errors import NOT_FINITE, UserError
 from dblocks_jax.tasks.classify.classifier import make_classifier
 from dblocks_jax.tasks.classify.denoiser import join
 from dblocks_jax.tasks.images import find_dataset
@@ -214,6 +213,8 @@ def test_a_page_answers_as_the_classifier_does(run, test_split, tmp_path):
         found = frames(server, {"image": png(image[0])})
         assert "neither a JPEG nor a PNG" in mistake(server, {"image": "aGVsbG8="})
         (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+        trained.params.update(jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), trained.params))
+        assert mistake(server, {"image": png(image[0])}, 500) == NOT_FINITE
     expected = softmax(np.asarray(load_classifier(run[1]).by_step(image))[:, 0], axis=-1)
     assert [frame["block"] for frame in found] == [0, 1] and [frame["step"] for frame in found] == [1, 2]
     for frame, probabilities in zip(found, expected, strict=True):
@@ -222,6 +223,3 @@ def test_a_page_answers_as_the_classifier_does(run, test_split, tmp_path):
         assert all(probabilities[int(e["label"])] == pytest.approx(e["probability"]) for e in frame["likeliest"])
     page = Page(tmp_path / "page.html")
     assert page.loaded == [] and "a <run>" in page.text
-    broken = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), trained.params)
-    with pytest.raises(Diverged):  # before anybody has come
-        demo.open_server(replace(trained, params=broken), "", 0)

@@ -78,7 +78,11 @@ def test_a_page_uncovers_a_text(run, tmp_path):
     with served(demo.open_server(load_trained(run[1]), "run", 0)) as server:
         found = frames(server, {"text": "c_t d", "number": 3})
         assert frames(server, {"text": "c_t d", "number": 3}) == found
-        for text, told in (("", "is empty"), ("ant bees", "nothing to fill in"), ("ant bees ", "of which the model sees 8")):
+        for text, told in (
+            ("", "is empty"),
+            ("ant bees", "nothing to fill in"),
+            ("ant bees ", "of which the model sees 8"),
+        ):
             assert told in mistake(server, {"text": text, "number": 0})
         (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
     texts = ["c_t d___", *("".join(piece["text"] for piece in frame["pieces"]) for frame in found)]
@@ -162,6 +166,17 @@ def test_images_are_made_and_shown_where_symbols_are_grey_levels(drawn, monkeypa
     with Image.open(workdir / "samples.png") as grid:
         assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
     assert inspect(config, workdir)["images"] == {"train": 1437, "test": 360}
+
+
+@pytest.mark.long
+def test_a_page_uncovers_pictures(drawn):
+    """Of the 8 x 8 pixels of 16 images three quarters are hidden after one of four steps; in the end none is."""
+    with served(demo.open_server(load_trained(drawn[1]), "run", 0)) as server:
+        first, *_, last = frames(server, {"number": 0})
+        assert "number must be a whole number" in mistake(server, {"number": -1})
+    steps = first["of"]
+    hidden = [(pixels_of(frame["picture"]) == HIDDEN).all(axis=-1).mean() for frame in (first, last)]
+    assert hidden[0] == pytest.approx((1 - 1 / steps) * (256 / 266) ** 2, abs=0.05) and hidden[1] == 0
 
 
 def test_masked_models_are_ranked_by_bits(run, tmp_path, capsys):

@@ -95,7 +95,9 @@ def read_image(content: bytes, image_shape: tuple[int, int, int]) -> UInt8[np.nd
     size, _, channels = image_shape
     with _opened(BytesIO(content), "that was sent") as image:
         if image.width * image.height > MOST_PIXELS:  # nothing of it is decoded yet
-            raise ValueError(f"it has {image.width} x {image.height} pixels, of at most {MOST_PIXELS:,}: make it smaller")
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, of at most {MOST_PIXELS:,}: make it smaller"
+            )
         return _in_channels(_square(image, size), channels)
 
 

@@ -101,8 +101,9 @@ def split_at_hand(trained: Trained) -> Any:
     try:
         data = trained.entry.find_data(trained.config, may_prepare=False)
         if trained.entry.card(data.to_dict()) == trained.card:
-            return data.split("test")
-        why = "they are other data"
+            test = data.split("test")
+            return test if len(test) else None
+        why = "what is there is other data"
     except UserError as error:
         why = str(error)
     logging.info("the page shows no test data: %s", why)

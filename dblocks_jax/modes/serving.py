@@ -32,7 +32,7 @@ HEADERS = {
 }
 # Of a page: nothing is loaded from anywhere, and only the script that has this page's nonce runs.
 POLICY = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 class DemoServer(ThreadingHTTPServer):
-    """Serves `page` at / and the frames of an answer, a line of JSON each, at /answer. One request at a time is answered.
+    """Serves `page` at / and the frames of an answer, a line of JSON each, at /answer: one request at a time.
 
     A frame {"error": ...} is the last one. An error before the first frame has the status 400, or 500 if it is not the
     user's.

@@ -37,7 +37,7 @@ def whole_number(wanted: Wanted, name: str, low: int, high: int) -> int:
     Raises:
       UserError: it is none, or does not lie in [low, high].
     """
-    value = wanted.get(name)
+    value: Any = wanted.get(name)
     if type(value) is not int or not low <= value <= high:
         raise UserError(f"{name} must be a whole number in [{low}, {high}]")
     return value
@@ -49,7 +49,7 @@ def number(wanted: Wanted, name: str, low: float, high: float) -> float:
     Raises:
       UserError: it is none, or does not lie in [low, high].
     """
-    value = wanted.get(name)
+    value: Any = wanted.get(name)
     if type(value) not in (int, float) or not low <= value <= high:  # NaN does not
         raise UserError(f"{name} must be a number in [{low:g}, {high:g}]")
     return float(value)
@@ -61,7 +61,7 @@ def text_of(wanted: Wanted, name: str) -> str:
     Raises:
       UserError: it is none, or of more than LONGEST_TEXT characters.
     """
-    value = wanted.get(name)
+    value: Any = wanted.get(name)
     if not isinstance(value, str):
         raise UserError(f"{name} must be a text")
     if len(value) > LONGEST_TEXT:
@@ -75,7 +75,7 @@ def bytes_of(wanted: Wanted, name: str) -> bytes:
     Raises:
       UserError: it is none.
     """
-    value = wanted.get(name)
+    value: Any = wanted.get(name)
     try:
         return base64.b64decode(value if isinstance(value, str) else "?", validate=True)
     except (binascii.Error, ValueError) as error:

@@ -54,7 +54,10 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
         return guided(shared, block, labels, z, sigmas, sigma_data=config.sigma_data, scale=scale)
 
     def sample(
-        params, positions: Int[np.ndarray | Array, " b"], labels: Int[np.ndarray | Array, " b"], scale: float | Array,
+        params,
+        positions: Int[np.ndarray | Array, " b"],
+        labels: Int[np.ndarray | Array, " b"],
+        scale: float | Array,
         seed: int = config.seed,
     ) -> Iterator[tuple[Array, Array]]:
         def answer(owner: int, z: Array, sigma: np.float32) -> Array:

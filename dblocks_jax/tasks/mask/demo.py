@@ -94,9 +94,7 @@ def of_pictures(task: Mask, blueprint: Blueprint, params: dict[str, Params], tes
     return Demo("demo_pixels.html", values, [values["asked"]], answer)
 
 
-def colour(
-    levels: Int[np.ndarray, "n h w c"], is_hidden: Bool[np.ndarray, "n h w c"]
-) -> UInt8[np.ndarray, "n h w 3"]:
+def colour(levels: Int[np.ndarray, "n h w c"], is_hidden: Bool[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w 3"]:
     """Grey levels as a picture in colour, HIDDEN where they are not known."""
     shape = (*levels.shape[:-1], 3)
     return np.where(np.broadcast_to(is_hidden, shape), HIDDEN, np.broadcast_to(levels, shape)).astype(np.uint8)
