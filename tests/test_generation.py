@@ -82,8 +82,9 @@ def test_samples_are_a_function_of_the_seed_whatever_the_batch(run, tmp_path):
     assert (make_images(replace(trained, config=other), labels, 2.0) != again).any()
 
 
-def test_a_page_draws_what_is_sampled(run, tmp_path):
+def test_a_page_draws_what_is_sampled(run, tmp_path, monkeypatch):
     """Step by step, from any seed; the last frame is what is left of the noise: nothing."""
+    monkeypatch.setattr(demo, "FRAMES_COMPILED", 0)  # a program without guidance, which nobody asks for here
     trained = load_trained(run[1])
     wanted = {"classes": [3, 7], "count": 5, "seed": trained.config.seed, "cfg_scale": 2.0}
     with served(demo.open_server(trained, "run", 0)) as server:
@@ -94,7 +95,8 @@ def test_a_page_draws_what_is_sampled(run, tmp_path):
     assert [frame["block"] for frame in found] == sampler_plan(trained.config)[1]
     for seed, drawn in ((trained.config.seed, found), (7, other)):
         of_seed = replace(trained, config=ConfigDict({**trained.config.to_dict(), "seed": seed}))
-        images = make_images(of_seed, share_out([3, 7], 5), 2.0)
+        places = np.minimum(np.arange(16, dtype=np.int32), 4)  # the page's program
+        images = make_images(of_seed, share_out([3, 7], 5)[places], 2.0, positions=places)[:5]
         np.testing.assert_array_equal(pixels_of(drawn[-1]["picture"]), grid(images)[..., 0])
     assert Page(tmp_path / "page.html").loaded == []
 
