@@ -1,7 +1,9 @@
 """A page to play with: whom it answers, and how mistakes come back. What a task answers stands in its own tests."""
 
 import base64
+import http.client
 import json
+import socket
 import threading
 
 import numpy as np
@@ -152,6 +154,45 @@ def test_an_answer_ends_with_the_server():
         go_on.set()
         asking.join()
     assert answers[0].count("step") == 2  # that under way, and the one that was told
+
+
+def test_an_answer_ends_when_nobody_listens_any_more():
+    """And the next one need not wait for it."""
+    has_ended = threading.Event()
+
+    def answer(wanted):
+        try:
+            yield from ({"step": step, "much": "a" * 10_000} for step in range(wanted["steps"]))
+        finally:
+            has_ended.set()
+
+    with served(DemoServer(0, "", "n", answer)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection.request("POST", "/answer", json.dumps({"steps": 10**9}), {"Content-Type": "application/json"})
+        connection.getresponse().read(100)
+        connection.close()
+        assert send(server, {"steps": 1})[0] == 200 and has_ended.is_set()
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        (b"hello\r\n\r\n", "Bad request syntax"),
+        (b"GET / HTTP/9.9\r\n\r\n", "Invalid HTTP version"),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", "cannot be read"),
+        (b"GET / HTTP/1.1\r\n\r\n", "no other name"),
+        (b"GET / HTTP/1.1\r\nHost: %s\r\nHost: %s\r\n\r\n", "no other name"),
+        (b"POST /answer HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n\r\n", "Content-Length"),
+    ],
+)
+def test_what_is_hardly_http_is_one_line(server, sent, told):
+    host = f"127.0.0.1:{server.server_port}".encode()
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+        connection.sendall(sent.replace(b"%s", host))
+        connection.shutdown(socket.SHUT_WR)
+        answered = b"".join(iter(lambda: connection.recv(2**16), b"")).decode()
+    assert answered.startswith("HTTP/1.0 4") or answered.startswith("HTTP/1.0 505")
+    assert told in json.loads(answered.partition("\r\n\r\n")[2])["error"]
 
 
 def test_a_port_that_is_taken_is_named(server):
