@@ -41,6 +41,7 @@ MODES = {
     "eval": "score a saved run",
     "predict": "classify image files; score a text, or fill in its blanks",
     "sample": "make images or texts",
+    "demo": "a page to play with a model, for the browser of this machine",
     "report": "one HTML page about a run",
     "compare": "one HTML page and a table about several runs",
     "inspect": "model, blocks' shares and data, without training",
@@ -66,18 +67,20 @@ TRAIN_ON_SAMPLES = flags.DEFINE_bool(
     False,
     "For eval of a generator: score classifiers trained on its samples and on real images, too.",
 )
+PORT = flags.DEFINE_integer("port", 0, "For demo: the port of its page on this machine [a free one].")
 GIB = flags.DEFINE_float("gib", None, "For memory: say what fits in so many GiB.")
 TARGET = flags.DEFINE_string(
     "target", None, "For memory: devices that are not here, with commas between: h100, a100, v5e, h100:1x2x8, v5e:4x4."
 )
 # flag -> the modes that take it
 MODES_OF = {
-    "checkpoint": ("eval", "predict", "sample", "report", "export"),
+    "checkpoint": ("eval", "predict", "sample", "demo", "report", "export"),
     "distributed": ("train", "eval"),
     "parts": ("merge",),
     "runs": ("compare",),
     "images": ("predict",),
     "source": ("import",),
+    "port": ("demo",),
     "gib": ("memory",),
     "target": ("memory",),
     "classes": ("sample",),
@@ -96,6 +99,7 @@ TASKS_OF = {
 }
 # mode -> the flags of which it needs one
 NEEDED = {"merge": ("parts",), "compare": ("runs",), "predict": ("images", "text"), "import": ("source",)}
+LAST_PORT = 2**16 - 1
 
 KINDS = {  # how the reason begins why a flag does not parse -> what it must be
     "('Non-boolean": "True or False",
@@ -143,16 +147,17 @@ def _mistake(config: Any, rest: list[str]) -> str | None:
         return f"--mode={mode} needs {' or '.join(f'--{flag}' for flag in needed)}"
     if GIB.value is not None and not 0 < GIB.value < math.inf:
         return f"--gib must be a finite number greater than 0, not {GIB.value}"
+    if not 0 <= PORT.value <= LAST_PORT:
+        return f"--port must lie in [0, {LAST_PORT}], not {PORT.value}"
     try:
         parse_targets(TARGET.value or "h100")
     except UserError as error:
         return f"--target: {error}"
     if rest and (mode not in ("compare", "predict") or not flags.FLAGS[NEEDED[mode][0]].present):
         return f"unexpected argument {rest[0]!r}: flags start with --"
-    if config is None:  # comparing reads those of the runs
-        return (
-            None if mode == "compare" else "--config is missing: name a file, such as --config=configs/dblock_digits.py"
-        )
+    if config is None:  # comparing reads those of the runs, playing that of the folder
+        is_known = mode == "compare" or (mode == "demo" and WORKDIR.value)
+        return None if is_known else "--config is missing: name a file, such as --config=configs/dblock_digits.py"
     if task not in DEFAULTS:
         return f"get_config must return a ConfigDict whose task is one of {', '.join(DEFAULTS)}, not {task!r}"
     if differing := set(config) ^ set(DEFAULTS[task]()):
@@ -216,7 +221,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--workdir={workdir} cannot be a run's folder: {why}")
         with naming_lack_of_memory(), naming_lack_of_room():
             result = run_mode(config, workdir, overrides, argv[1:], stop)
-            finish(workdir, result)
+            if result is not None:
+                finish(workdir, result)
     except (UserError, Unsaved, Diverged, Stopped) as end:
         processes.end_all(f"launch.py: {end}", end.exit_code)
         sys.exit(_complain(end, end.exit_code))
@@ -227,8 +233,10 @@ def main(argv: list[str]) -> None:
         stop.end()
 
 
-def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[str], stop: Any) -> dict[str, Any]:
-    """Do what --mode asks for; its result is the last line that is printed."""
+def run_mode(
+    config: Any, workdir: Path, overrides: dict[str, Any], more: list[str], stop: Any
+) -> dict[str, Any] | None:
+    """Do what --mode asks for; its result, if it has one, is the last line that is printed."""
     saved = {"overrides": overrides, "checkpoint": CHECKPOINT.value}
     start = {"overrides": overrides, "command": sys.argv}
     match MODE.value:
@@ -261,6 +269,10 @@ def run_mode(config: Any, workdir: Path, overrides: dict[str, Any], more: list[s
 
             wanted = {"classes": CLASSES.value, "count": COUNT.value, "cfg_scale": CFG_SCALE.value}
             return sample(config, workdir, **wanted, **saved)
+        case "demo":
+            from dblocks_jax.modes.demo import demo
+
+            return demo(config, workdir, port=PORT.value, stop=stop, **saved)
         case "report":
             from dblocks_jax.modes.report import report
 

@@ -31,10 +31,10 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dblocks_jax
-from configs import common
 from dblocks_jax.data.arrays import ArrayData
 from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.diffusion.masking import Masking, hide_each
+from dblocks_jax.fields import common
 from dblocks_jax.models.conditioned import ConditionedBlock, make_parts
 from dblocks_jax.models.masked_transformer import LevelEmbedding, LevelModulation, MaskedArchitecture, MaskedLayer
 from dblocks_jax.models.primitives import Linear, init_weights, init_zeros, normalize_modulated

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from jax import export
 from ml_collections import ConfigDict
+from playing import frames, mistake, send, served
 from test_pages import Page
 from test_writing import text_of
 
 from dblocks_jax.fields import next_token, recurrent
-from dblocks_jax.modes.continuing import continue_text
+from dblocks_jax.modes import demo
+from dblocks_jax.modes.continuing import continue_text, write_on
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
 from dblocks_jax.modes.in_use import draw_images, score_text, write_texts
@@ -66,6 +68,25 @@ def test_the_text_is_inspected(run, tmp_path):
     params = load_trained(workdir).params
     assert result["parameters"] == {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     assert result["vocabulary"] == 27 and Page(tmp_path / "inspect.html").loaded == []
+
+
+def test_a_page_goes_on_from_a_text(run, tmp_path):
+    """Token by token, as `--mode=sample` does."""
+    trained = load_trained(run[1])
+    vocabulary = trained.card.vocabulary
+    prompt = vocabulary.encode("hen")
+    with served(demo.open_server(trained, "run", 0)) as server:
+        found = frames(server, {"text": "hen", "number": 0})
+        for text, told in (("", "the text is empty"), ("ant bees", "with what follows the model sees 8")):
+            assert told in mistake(server, {"text": text, "number": 0})
+        (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+    written = vocabulary.decode(write_on(trained, prompt[None], 5)[0])
+    assert [frame["text"] for frame in found] == [written[:i] for i in range(1, 6)]
+    for frame in found:
+        shares = [each["probability"] for each in frame["likeliest"]]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True) and sum(shares) < 1
+        assert frame["symbol"] == frame["likeliest"][0]["label"]  # at temperature 0
+    assert Page(tmp_path / "page.html").loaded == []
 
 
 def test_a_text_is_gone_on_from(run):

@@ -17,6 +17,7 @@ from runs import ROOT
 from safetensors.numpy import load_file, save
 
 from configs import dblock_digits, vit_digits
+from dblocks_jax.modes import demo
 from dblocks_jax.modes.export import export_run, on_record
 from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.train import train
@@ -67,6 +68,15 @@ def test_the_program_alone_classifies_any_number_of_images(exported, tmp_path):
     expected = np.concatenate([np.asarray(classifier(images_of(5)[:count])) for count in (1, 5)])
     assert np.abs(expected).max() > 1e-3  # two steps have taught the head something
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, rtol=0, atol=1e-5)
+
+
+def test_an_exported_folder_is_opened_to_be_played_with(exported):
+    """Without a config; the command's fields of the sampler hold, and others may not differ."""
+    workdir, trained, _ = exported
+    opened = demo.load(None, workdir / "export", overrides={"init_noise_scale": 0.5}, checkpoint="best")
+    assert opened.step == trained["checkpoint"] and opened.task.config.init_noise_scale == 0.5
+    with pytest.raises(UserError, match="num_layers=5 contradicts the checkpoint"):
+        demo.load(None, workdir / "export", overrides={"num_layers": 5}, checkpoint="best")
 
 
 def test_the_weights_load_by_name_and_classify_alike(exported):

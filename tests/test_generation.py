@@ -11,12 +11,13 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
+from playing import frames, mistake, pixels_of, send, served
 from runs import files_of_at_most
 from test_pages import Page
 
 from configs import dit_digits
 from dblocks_jax.data.datasets import ArraySource
-from dblocks_jax.modes import generation, judge
+from dblocks_jax.modes import demo, generation, judge
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
@@ -25,13 +26,14 @@ from dblocks_jax.modes.in_use import draw_images
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier, load_run, load_trained
 from dblocks_jax.modes.report import report
-from dblocks_jax.modes.sample import make_images, sample
+from dblocks_jax.modes.sample import make_images, sample, share_out
 from dblocks_jax.modes.train import train
 from dblocks_jax.modes.usefulness import accuracy_after_training, check_trains_on_samples, train_on_samples
 from dblocks_jax.pages.findings import held_out_curves
 from dblocks_jax.run.errors import Diverged, Unsaved, UserError
 from dblocks_jax.run.workdir import finish
 from dblocks_jax.tasks.classify.task import CLASSIFY
+from dblocks_jax.tasks.generate.pictures import grid
 from dblocks_jax.tasks.generate.report import after_each_block, first_of_each
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
 from dblocks_jax.tasks.generate.task import GENERATE
@@ -79,6 +81,25 @@ def test_samples_are_a_function_of_the_seed_whatever_the_batch(run, tmp_path):
     np.testing.assert_array_equal(np.broadcast_to(again, (2, 8, 8, 3)), whole[[0, 6]])
     other = ConfigDict({**trained.config.to_dict(), "seed": 7})
     assert (make_images(replace(trained, config=other), labels, 2.0) != again).any()
+
+
+def test_a_page_draws_what_is_sampled(run, tmp_path, monkeypatch):
+    """Step by step, from any seed; the last frame is what is left of the noise: nothing."""
+    monkeypatch.setattr(demo, "FRAMES_COMPILED", 0)  # a program without guidance, which nobody asks for here
+    trained = load_trained(run[1])
+    wanted = {"classes": [3, 7], "count": 5, "seed": trained.config.seed, "cfg_scale": 2.0}
+    with served(demo.open_server(trained, "run", 0)) as server:
+        found, other = frames(server, wanted), frames(server, wanted | {"seed": 7})
+        assert mistake(server, wanted | {"count": 17}) == "count must be a whole number in [1, 16]"
+        (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+    assert [(frame["step"], frame["of"]) for frame in found] == [(1, 3), (2, 3), (3, 3)]
+    assert [frame["block"] for frame in found] == sampler_plan(trained.config)[1]
+    for seed, drawn in ((trained.config.seed, found), (7, other)):
+        of_seed = replace(trained, config=ConfigDict({**trained.config.to_dict(), "seed": seed}))
+        places = np.minimum(np.arange(16, dtype=np.int32), 4)  # the page's program
+        images = make_images(of_seed, share_out([3, 7], 5)[places], 2.0, positions=places)[:5]
+        np.testing.assert_array_equal(pixels_of(drawn[-1]["picture"]), grid(images)[..., 0])
+    assert Page(tmp_path / "page.html").loaded == []
 
 
 def test_samples_are_written_for_people_and_for_programs(run, tmp_path):

@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from absl.testing import flagsaver
+from runs import started
 
 from configs import dblock_digits
 from dblocks_jax.data.datasets import Card
@@ -80,6 +84,24 @@ def test_evaluation_of_a_finished_run(trained):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_page_is_served_until_a_signal_and_nothing_is_written(trained, number):
+    """Of a folder alone, without its config; the line that says where is all that is printed."""
+    files = sorted(trained[0].rglob("*"))
+    with started(sys.executable, "launch.py", "--mode=demo", f"--workdir={trained[0]}") as process:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        [address] = re.findall(r"http://127\.0\.0\.1:\d+/", line)
+        with urlopen(address, timeout=10) as page:
+            assert trained[0].name in page.read().decode()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 0
+        assert process.stdout.read() == ""
+        assert [line for line in process.stderr.read().splitlines() if "compiling" not in line] == []
+    assert sorted(trained[0].rglob("*")) == files
+
+
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     step = trained[1]["checkpoint"]
@@ -115,6 +137,7 @@ def test_eight_devices_train_as_one(trained, tmp_path):
     ("args", "code", "message"),
     [
         ([], 2, "--config is missing"),
+        (["--mode=demo", "--config=configs/vit_digits.py"], 1, "holds no run: train it first"),
         (["--config=configs/none.py"], 2, "there is no config file configs/none.py"),
         (["--config=configs/vit_digits.py", "--config.num_bloks=2"], 2, 'Did you mean "num_blocks"'),
         (
@@ -167,6 +190,9 @@ def test_mistakes_are_one_line_and_an_exit_code(tmp_path, args, code, message):
         ),
         (["--mode=predict", "--config=configs/dit_digits.py"], "--mode=predict is not for models of the task generate"),
         (["--mode=memory", "--gib=0"], "--gib must be a finite number greater than 0, not 0.0"),
+        (["--port=80"], "--port is for --mode=demo, not for train"),
+        (["--mode=demo", "--port=65536"], "--port must lie in [0, 65535], not 65536"),
+        (["--mode=demo", "--port=-1"], "--port must lie in [0, 65535], not -1"),
     ],
 )
 def test_values_that_do_not_parse_are_named_in_plain_words(capsys, monkeypatch, args, message):

@@ -5,19 +5,23 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from playing import frames, mistake, pixels_of, png, send, served
 from rich.cells import cell_len
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
+from test_pages import Page
 
 from configs import dblock_digits
+from dblocks_jax.modes import demo
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.predict import describe, find_images, predict, print_table
 from dblocks_jax.modes.train import train
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import NOT_FINITE, UserError
 from dblocks_jax.tasks.classify.classifier import make_classifier
 from dblocks_jax.tasks.classify.denoiser import join
 from dblocks_jax.tasks.images import find_dataset
@@ -200,3 +204,22 @@ def test_evaluation_and_the_loaded_classifier_agree_about_the_checkpoint(run):
     config, workdir, result = run
     scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
     assert scored["top1"] == result["top1"] and scored["checkpoint"] == load_classifier(workdir).step
+
+
+def test_a_page_answers_as_the_classifier_does(run, test_split, tmp_path):
+    """Its test images are of the split, and an image comes to the model as it is."""
+    trained, image = load_trained(run[1]), test_split.images(np.array([7]))
+    with served(demo.open_server(trained, "a <run>", 0)) as server:
+        found = frames(server, {"image": png(image[0])})
+        assert "neither a JPEG nor a PNG" in mistake(server, {"image": "aGVsbG8="})
+        (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+        trained.params.update(jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), trained.params))
+        assert mistake(server, {"image": png(image[0])}, 500) == NOT_FINITE
+    expected = softmax(np.asarray(load_classifier(run[1]).by_step(image))[:, 0], axis=-1)
+    assert [frame["block"] for frame in found] == [0, 1] and [frame["step"] for frame in found] == [1, 2]
+    for frame, probabilities in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(pixels_of(frame["seen"]), image[0, ..., 0])
+        assert [e["probability"] for e in frame["likeliest"]] == pytest.approx(np.sort(probabilities)[:-6:-1], rel=1e-5)
+        assert all(probabilities[int(e["label"])] == pytest.approx(e["probability"]) for e in frame["likeliest"])
+    page = Page(tmp_path / "page.html")
+    assert page.loaded == [] and "a <run>" in page.text

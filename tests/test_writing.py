@@ -12,12 +12,14 @@ import pytest
 from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
+from playing import frames, mistake, pixels_of, send, served
 from test_pages import Page
 
 from configs import mask_digits
 from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.fields import mask
 from dblocks_jax.models.masked_transformer import run_block
+from dblocks_jax.modes import demo
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.export import export_run
@@ -30,6 +32,7 @@ from dblocks_jax.modes.train import train
 from dblocks_jax.run.checkpoint import Checkpoints
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import finish, write_json
+from dblocks_jax.tasks.mask.demo import HIDDEN
 from dblocks_jax.tasks.mask.reading import fill_by
 from dblocks_jax.tasks.mask.report import pieces
 from dblocks_jax.tasks.mask.task import MASK
@@ -70,6 +73,27 @@ def test_training_and_evaluation_score_alike(run):
     assert {"bits", "bits_error", "bits_by_block", "distinct_2", "repetition_data", "known_words"} <= names
     assert {name: scored[name] for name in names} == {name: trained[name] for name in names}
     assert len((workdir / "samples.txt").read_text().splitlines()) == 20
+
+
+def test_a_page_uncovers_a_text(run, tmp_path):
+    """What is written stays, and so does what is uncovered, until nothing is hidden."""
+    with served(demo.open_server(load_trained(run[1]), "run", 0)) as server:
+        found = frames(server, {"text": "c_t d", "number": 3})
+        assert frames(server, {"text": "c_t d", "number": 3}) == found
+        for text, told in (
+            ("", "is empty"),
+            ("ant bees", "nothing to fill in"),
+            ("ant bees ", "of which the model sees 8"),
+        ):
+            assert told in mistake(server, {"text": text, "number": 0})
+        (tmp_path / "page.html").write_text(send(server, b"", method="GET", path="/")[1])
+    texts = ["c_t d___", *("".join(piece["text"] for piece in frame["pieces"]) for frame in found)]
+    assert len(found) == 6 and "_" not in texts[-1]
+    for before, after in pairwise(texts):
+        assert all(b in (a, "_") for b, a in zip(before, after, strict=True))
+    assert found[-1]["pieces"][0] == {"block": -2, "text": "c"}
+    assert {piece["block"] for piece in found[-1]["pieces"]} <= {-2, 0, 1}
+    assert Page(tmp_path / "page.html").loaded == []
 
 
 def test_the_text_is_inspected(run, tmp_path, capsys):
@@ -144,6 +168,17 @@ def test_images_are_made_and_shown_where_symbols_are_grey_levels(drawn, monkeypa
     with Image.open(workdir / "samples.png") as grid:
         assert grid.size == (3 * 66 + 2, 2 * 66 + 2)
     assert inspect(config, workdir)["images"] == {"train": 1437, "test": 360}
+
+
+@pytest.mark.long
+def test_a_page_uncovers_pictures(drawn):
+    """Of the 8 x 8 pixels of 16 images three quarters are hidden after one of four steps; in the end none is."""
+    with served(demo.open_server(load_trained(drawn[1]), "run", 0)) as server:
+        first, *_, last = frames(server, {"number": 0})
+        assert "number must be a whole number" in mistake(server, {"number": -1})
+    steps = first["of"]
+    hidden = [(pixels_of(frame["picture"]) == HIDDEN).all(axis=-1).mean() for frame in (first, last)]
+    assert hidden[0] == pytest.approx((1 - 1 / steps) * (256 / 266) ** 2, abs=0.05) and hidden[1] == 0
 
 
 def test_masked_models_are_ranked_by_bits(run, tmp_path, capsys):

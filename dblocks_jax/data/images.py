@@ -20,6 +20,7 @@ from dblocks_jax.run.regular import check_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG")  # Pillow knows dozens more, and starts Ghostscript for one of them
+MOST_PIXELS = 50_000_000  # of an image that somebody sends: a few KB of PNG can hold gigabytes
 CHUNK = 256  # images handed to a thread at once
 LUMA = np.array([0.299, 0.587, 0.114])  # how bright red, green and blue appear (ITU-R BT.601)
 MANY = 1000  # images that take long enough to say so
@@ -82,10 +83,27 @@ def read_images(paths: Sequence[Path], image_shape: tuple[int, int, int]) -> UIn
       UserError: a file cannot be read.
     """
     size, _, channels = image_shape
-    pixels = decode_all(paths, size, chunk=1)
-    if channels == 3:
-        return pixels
-    return np.rint(pixels @ LUMA).astype(np.uint8)[..., None]
+    return _in_channels(decode_all(paths, size, chunk=1), channels)
+
+
+def read_image(content: bytes, image_shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
+    """The bytes of an image file, as `read_images` takes a file.
+
+    Raises:
+      UserError: they are no image, or one of more than MOST_PIXELS pixels.
+    """
+    size, _, channels = image_shape
+    with _opened(BytesIO(content), "that was sent") as image:
+        if image.width * image.height > MOST_PIXELS:  # nothing of it is decoded yet
+            raise ValueError(
+                f"it has {image.width} x {image.height} pixels, of at most {MOST_PIXELS:,}: make it smaller"
+            )
+        return _in_channels(_square(image, size), channels)
+
+
+def _in_channels(pixels: UInt8[np.ndarray, "*n h w 3"], channels: int) -> UInt8[np.ndarray, "*n h w c"]:
+    """Colour as it is, or how bright it appears."""
+    return pixels if channels == 3 else np.rint(pixels @ LUMA).astype(np.uint8)[..., None]
 
 
 def decode_all(
@@ -139,15 +157,15 @@ def telling[T](parts: Iterable[T], *, total: int, each: int, doing: str) -> Iter
 
 
 @contextmanager
-def _opened(file: Path | BytesIO) -> Iterator[Image.Image]:
-    """The image, not decoded yet. What fails inside is told with the file's name.
+def _opened(file: Path | BytesIO, where: str = "among the data") -> Iterator[Image.Image]:
+    """The image, not decoded yet. What fails inside is told with the file's name, or with where it is from.
 
     Raises:
       UserError: it is no image, or not one of FORMATS.
     """
     if isinstance(file, Path):
         check_regular(file, "the image")
-    name = shown(file) if isinstance(file, Path) else "among the data"
+    name = shown(file) if isinstance(file, Path) else where
     kind = None
     try:
         with open(file, "rb") if isinstance(file, Path) else file as content:
@@ -165,12 +183,16 @@ def _opened(file: Path | BytesIO) -> Iterator[Image.Image]:
 
 
 def _decode(file: Path | BytesIO, image_size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The largest centred square, resized to `image_size`: the same as resizing first, but cheap for any shape."""
     with _opened(file) as image:
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        return np.asarray(_to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
+        return _square(image, image_size)
+
+
+def _square(image: Image.Image, image_size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The largest centred square, resized to `image_size`: the same as resizing first, but cheap for any shape."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(_to_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -41,6 +41,12 @@ class Stop:
             signal.signal(number, lambda *_: None)  # what the thread reads is written below Python, at once
         threading.Thread(target=self._answer, args=(read_end,), daemon=True, name="signals").start()
 
+    def interrupt(self) -> None:
+        """From now on a signal is a KeyboardInterrupt in the main thread, for what waits and has nothing to save."""
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler)
+
     def end(self) -> None:
         """Ignore signals from now on: all is done or said, and they must not change the exit code any more.
 

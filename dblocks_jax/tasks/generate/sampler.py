@@ -19,7 +19,7 @@ from dblocks_jax.tasks.generate.config import corruption
 from dblocks_jax.tasks.generate.denoiser import denoise, guided
 
 # (parameters by part, position of each sample, its class, guidance) -> (estimate, z) after each level, the last ones
-# equal and the answer; that many levels as `sampler_plan` has. Guidance 1 is none.
+# equal and the answer; that many levels as `sampler_plan` has. Guidance 1 is none. seed= is another than the config's.
 Sampler = Callable[..., Iterator[tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]]]
 
 
@@ -37,9 +37,9 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
     """
     sigmas, owners = sampler_plan(config)
 
-    @jax.jit
-    def start(positions):
-        keys = jax.vmap(partial(stream, config.seed, "samples"))(positions)
+    @partial(jax.jit, static_argnums=0)
+    def start(seed, positions):
+        keys = jax.vmap(partial(stream, seed, "samples"))(positions)
         return sigmas[0].astype(np.float32) * jax.vmap(lambda key: jax.random.normal(key, card.image_shape))(keys)
 
     @jax.jit
@@ -54,7 +54,11 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
         return guided(shared, block, labels, z, sigmas, sigma_data=config.sigma_data, scale=scale)
 
     def sample(
-        params, positions: Int[np.ndarray | Array, " b"], labels: Int[np.ndarray | Array, " b"], scale: float | Array
+        params,
+        positions: Int[np.ndarray | Array, " b"],
+        labels: Int[np.ndarray | Array, " b"],
+        scale: float | Array,
+        seed: int = config.seed,
     ) -> Iterator[tuple[Array, Array]]:
         def answer(owner: int, z: Array, sigma: np.float32) -> Array:
             if config.idle_blocks == "host" or config.block_parallel:
@@ -64,6 +68,6 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
                 return plain(together, labels, z, sigma)
             return with_guidance(together, labels, z, sigma, jnp.asarray(scale, jnp.float32))
 
-        return solve(answer, start(positions), sigmas, owners, config.solver)
+        return solve(answer, start(seed, positions), sigmas, owners, config.solver)
 
     return sample
