@@ -31,15 +31,12 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dblocks_jax
-from dblocks_jax.data.arrays import ArrayData
-from dblocks_jax.diffusion.loss import cross_entropy
-from dblocks_jax.diffusion.masking import Masking, hide_each
-from dblocks_jax.fields import common
+from dblocks_jax import ArrayData, Entry, Losses, MainScore, Masking, Task, cross_entropy
+from dblocks_jax.diffusion.masking import hide_each
 from dblocks_jax.models.conditioned import ConditionedBlock, make_parts
 from dblocks_jax.models.masked_transformer import LevelEmbedding, LevelModulation, MaskedArchitecture, MaskedLayer
 from dblocks_jax.models.primitives import Linear, init_weights, init_zeros, normalize_modulated
 from dblocks_jax.run.workdir import read_saved
-from dblocks_jax.tasks.task import Entry, Losses, MainScore, Task
 
 PLACES, BLOCKS = 17, 3
 TRAINING, TEST = 200_000, 2_000
@@ -174,7 +171,7 @@ def uncover(
 
 def get_config():
     """Of DiffusionBlocks, one layer a block."""
-    config = common.get_config()
+    config = dblocks_jax.default_config()
     config.update(task="pointers", is_plain=False, hops=4, z="chain")
     config.update(num_layers=BLOCKS, num_blocks=BLOCKS, hidden_size=64, num_heads=4, intermediate_size=256)
     config.update(batch_size=64, lr=2e-3, scheduler_type="cosine", num_warmup_steps=100)
@@ -207,7 +204,7 @@ def run(name: str, z: str, seed: int, args: argparse.Namespace) -> list[float]:
     if result is None:
         config = get_config()
         config.update({"hops": args.hops, "z": z, "seed": seed} | arm(name, args.steps))
-        result = dblocks_jax.train(POINTERS, config, folder)
+        result = dblocks_jax.train(config, folder, own=POINTERS)
         folder.joinpath("train.json").write_text(json.dumps(result))
     print(json.dumps({"arm": name, "z": z, "seed": seed} | {key: result[key] for key in result if "steps" in key}))
     return result[max((key for key in result if key.endswith(" steps")), key=lambda key: int(key.split()[0]))]
@@ -226,12 +223,9 @@ def main() -> None:
     for z in args.z.split(","):
         for name in args.arms.split(","):
             results = [run(name, z, seed, args) for seed in map(int, args.seeds.split(","))]
-            spread = [
-                statistics.stdev(values) if len(values) > 1 else math.nan for values in zip(*results, strict=True)
-            ]
             cells = [
-                f"{statistics.mean(values):.3f} ± {sd:.3f}"
-                for values, sd in zip(zip(*results, strict=True), spread, strict=True)
+                f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+                for values in zip(*results, strict=True)
             ]
             lines.append(f"| {z} | {name} | {', '.join(cells)} |")
     print("\n".join(lines))

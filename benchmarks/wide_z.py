@@ -20,7 +20,6 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import dblocks_jax
 from dblocks_jax.data.augment import normalize
 from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
@@ -30,6 +29,7 @@ from dblocks_jax.models.layers import modulate
 from dblocks_jax.tasks.classify.classifier import sampler_plan
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.task import Losses
+from dblocks_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config of DiffusionBlocks.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     entry = replace(CLASSIFY, make=WideZ)
-    print(json.dumps(dblocks_jax.train(entry, CONFIG.value, WORKDIR.value)))
+    print(json.dumps(train(entry, CONFIG.value, WORKDIR.value)))
 
 
 if __name__ == "__main__":
