@@ -139,7 +139,7 @@ def test_names_are_shown_as_they_are():
     svg = charts.confusion(np.eye(2, dtype=int), ["<i>a</i> & $b$", "c_d"])
     assert "&lt;i&gt;a&lt;/i" in svg and "$b$" in svg
     table = {"title": "<b>", "figures": [Figure("top1", "accuracy")], "groups": [], "rows": [], "cells": []}
-    page = {"tables": [table | {"about": "", "about_curve": ""}], "charts": {"curve 0": svg}}
+    page = {"tables": [table | {"about": "", "about_curve": ""}], "charts": {"curve 0": svg}, "confidence": "95%"}
     text = render("compare.html", page)
     assert "&lt;b&gt;" in text and "<b>" not in text and "&lt;i&gt;a&lt;/i" in text
 

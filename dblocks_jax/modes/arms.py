@@ -1,11 +1,13 @@
-"""What a table of runs compares: the name of each arm, and whether it is told apart from the best one by its seeds."""
+"""What a table of runs compares: the name of each arm, and what its seeds tell apart."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from scipy.stats import ttest_ind
+from scipy.stats import t as student
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # that all intervals of a table hold together
 
 
 class Arm(NamedTuple):
@@ -14,11 +16,13 @@ class Arm(NamedTuple):
     num_layers: int  # of all blocks together
     num_blocks: int
     steps: int
+    is_plain: bool  # no denoiser
     is_grown: bool
+    others: Mapping[str, Any]  # fields in which a baseline must not differ
 
 
 class Interval(NamedTuple):
-    """A difference of two means, and where it lies with CONFIDENCE."""
+    """A difference of two means, and where it lies."""
 
     difference: float
     low: float
@@ -26,17 +30,19 @@ class Interval(NamedTuple):
 
 
 def names_of_arms(arms: Sequence[Arm]) -> list[str]:
-    """The name of each, by its kin among the others; nothing for a plain network that is no DiffusionBlocks' baseline.
+    """The name of each, by its kin among the others; nothing for one that is no DiffusionBlocks' baseline.
 
-    Beside DiffusionBlocks of L layers in B blocks and S steps, "plain" has L layers and S / B steps, "short" L / B
-    layers and S / B steps, "short-long" L / B layers and S steps.
+    Beside DiffusionBlocks of L layers in B blocks and S steps a plain network is called "plain" if it has L layers and
+    S / B steps, "short" if L / B layers and S / B steps, "short-long" if L / B layers and S steps; and all else alike.
     """
     of_blocks = [arm for arm in arms if arm.num_blocks > 1]
 
     def name(arm: Arm) -> str:
         if arm.num_blocks > 1:
             return "grown" if arm.is_grown else "DiffusionBlocks"
-        for other in of_blocks:
+        for other in of_blocks if arm.is_plain else []:
+            if arm.others != other.others:
+                continue
             is_short = arm.num_layers * other.num_blocks == other.num_layers
             if arm.steps == other.steps and is_short:
                 return "short-long"
@@ -47,15 +53,21 @@ def names_of_arms(arms: Sequence[Arm]) -> list[str]:
     return [name(arm) for arm in arms]
 
 
-def difference(values: Sequence[float], others: Sequence[float]) -> Interval | None:
-    """mean(values) - mean(others) with Welch's interval; None where there are not two of both.
+def difference(values: Sequence[float], others: Sequence[float], num_arms: int) -> Interval | None:
+    """mean(values) - mean(others), and Welch's interval; None where there are not two of both.
 
-    Values that are all the same, in both, have no width.
+    Whoever looks at the best of `num_arms` has looked at all pairs of them: so each interval is as wide as is needed for
+    those of all pairs to hold together with CONFIDENCE (Bonferroni).
     """
     if min(len(values), len(others)) < 2:
         return None
-    found = sum(values) / len(values) - sum(others) / len(others)
-    if len({*values}) == len({*others}) == 1:
+    found = statistics.mean(values) - statistics.mean(others)
+    parts = [statistics.variance(each) / len(each) for each in (values, others)]
+    if sum(parts) == 0:
         return Interval(found, found, found)
-    low, high = ttest_ind(values, others, equal_var=False).confidence_interval(CONFIDENCE)
-    return Interval(found, float(low), float(high))
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(each) - 1) for part, each in zip(parts, (values, others), strict=True)
+    )
+    outside = (1 - CONFIDENCE) / math.comb(num_arms, 2)
+    half = float(student.ppf(1 - outside / 2, freedom)) * math.sqrt(sum(parts))
+    return Interval(found, found - half, found + half)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dblocks_jax.modes.arms import difference
+from dblocks_jax.modes.arms import CONFIDENCE, difference
 from dblocks_jax.modes.finished import Group, Run, arms_of, group, read, scored_on
 from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
@@ -24,7 +24,7 @@ from dblocks_jax.tasks.table import SHOWN
 from dblocks_jax.tasks.task import Entry
 
 PAGE = "compare.html"
-FROM_BEST = "from the best, 95 %"
+FROM_BEST = f"from the best, {CONFIDENCE:.0%} in all"
 LONGEST_NAME = 24
 UNLIMITED = 100_000  # columns
 
@@ -47,14 +47,14 @@ def compare(workdirs: Sequence[Path], folder: Path) -> dict[str, Any]:
         title = f"{task}: {dataset}" if several_tasks else dataset
         entry, figures = alike[0].entry, figures_of(alike)
         groups = group(alike, dataset)
-        rows = [_row(each, arm, groups[0], figures) for each, arm in zip(groups, arms_of(groups), strict=True)]
+        rows = [_row(each, arm, groups, figures) for each, arm in zip(groups, arms_of(groups), strict=True)]
         cells = [[figure.show(*_cell(each, figure)) for figure in figures] for each in groups]
         _print(title if len(together) > 1 else "", groups, rows, figures, cells)
         all_rows += rows
         drawn |= {f"{name} {i}": svg for name, svg in _draw(groups, rows, entry).items()}
         about = {"about": SHOWN[task].ABOUT_FIGURES, "about_curve": SHOWN[task].ABOUT_CURVE}
         tables.append({"title": title, "figures": figures, "groups": groups, "rows": rows, "cells": cells, **about})
-    path = write_page(folder / PAGE, {"tables": tables, "charts": drawn})
+    path = write_page(folder / PAGE, {"tables": tables, "charts": drawn, "confidence": f"{CONFIDENCE:.0%}"})
     return {"mode": "compare", "page": str(path), "groups": all_rows}
 
 
@@ -93,9 +93,11 @@ def _cell(each: Group, figure: Figure) -> tuple[float | None, float | None]:
     return mean, deviation if figure.has_spread else None
 
 
-def _row(each: Group, arm: str, best: Group, figures: Sequence[Figure]) -> dict[str, Any]:
-    main = figures[0]
-    behind = None if each is best else difference(each.by_seed(main.name), best.by_seed(main.name))
+def _row(each: Group, arm: str, groups: Sequence[Group], figures: Sequence[Figure]) -> dict[str, Any]:
+    main, best = figures[0], groups[0]
+    behind = None
+    if each is not best:
+        behind = difference(each.by_seed(main.name), best.by_seed(main.name), len(groups))
     row = {
         "dataset": each.dataset,
         "arm": arm,

@@ -24,6 +24,10 @@ OF_ONES_OWN = ("folder", "latents", "text_file")  # data sets that a path names
 COUNTED = {"num_images": "images", "num_sequences": "sequences"}  # how a result says what it is of: in words
 # Which say nothing about the method: runs that differ in these belong together.
 # "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
+ALIKE = (
+    "hidden_size", "num_heads", "intermediate_size", "patch_size", "image_size", "text_length", "batch_size",
+    "accumulate_grad_batches",
+)  # fmt: skip  # in which a baseline is like the blocks
 NOT_COMPARED = {"seed", "dataset", *FREE_TO_CHANGE} - {"save_top_k"}
 
 
@@ -86,8 +90,16 @@ class Group:
         layers, steps = run.config.get("num_layers"), run.result.get("step")
         if layers is None or steps is None:
             return None
-        config = ConfigDict(run.config)
-        return Arm(layers, run.entry.num_blocks(config), steps, bool(config.grow_at or config.begin_from))
+        entry, config = run.entry, ConfigDict(run.config)
+        num_blocks = entry.num_blocks(config)
+        return Arm(
+            num_layers=layers,
+            num_blocks=num_blocks,
+            steps=steps,
+            is_plain=num_blocks == 1 and config.get("model_type") == entry.plain(config).get("model_type"),
+            is_grown=bool(config.grow_at or config.begin_from),
+            others={field: config.get(field) for field in ALIKE},
+        )
 
     def by_seed(self, metric: str) -> list[float]:
         """Of each seed that has such a figure the mean of its runs."""

@@ -27,13 +27,16 @@ SHOWN = {
 
 
 def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
-    """The task that a config names: one of ours, or your `own`.
+    """The task that a config names: your `own`, where it is given, else one of ours.
 
     Raises:
       UserError: there is none of that name.
     """
-    if own is not None and config.task == own.name:
+    name = config.get("task", "")
+    if own is not None:
+        if name != own.name:
+            raise UserError(f"task is {name!r} in the config, but {own.name!r} is given: set the one or leave out the other")
         return own
-    if not isinstance(config.task, str) or config.task not in TASKS:
-        raise UserError(f"task is {config.task!r}; choose one of {', '.join(TASKS)}")
-    return TASKS[config.task]
+    if not isinstance(name, str) or name not in TASKS:
+        raise UserError(f"task is {name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[name]
