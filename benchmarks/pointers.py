@@ -213,12 +213,15 @@ def run(name: str, z: str, seed: int, args: argparse.Namespace) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True)
-    parser.add_argument("--hops", type=int, default=4)
+    parser.add_argument("--hops", type=int, default=4, choices=(2, 4, 8))
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--z", default="chain,answer")
     parser.add_argument("--arms", default=",".join(ARMS))
     args = parser.parse_args()
+    for given, known in ((args.z, ("chain", "answer")), (args.arms, ARMS)):
+        if unknown := set(given.split(",")) - set(known):
+            parser.error(f"{', '.join(unknown)} is none of {', '.join(known)}")
     lines = [f"| z | arm | after {', '.join(str(2**i) for i in range(1, args.hops.bit_length()))} arrows |"]
     for z in args.z.split(","):
         for name in args.arms.split(","):

@@ -5,7 +5,8 @@
 The network and its sizes are the config's. The label's token is left out; each patch's token has c_in * z of its own
 added, with noise of its own, and a patch answers by itself: D = c_skip * z + c_out * F(patch). Trained by the mean of
 the patches' losses; the answer is the mean of their log-probabilities. In t copies there is as much to be read as in
-one at sigma / sqrt(t): raise `p_mean` by ln(t) / 2 to compare at equal information. Prints the scores.
+one at sigma / sqrt(t): raise `p_mean` by ln(t) / 2 to compare at equal information. z starts at 0, nothing guides, and
+no image is left out. Prints the scores.
 """
 
 import json
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import dblocks_jax
 from dblocks_jax.data.augment import normalize
 from dblocks_jax.diffusion.loss import cross_entropy
 from dblocks_jax.diffusion.precondition import loss_weight, precondition
@@ -29,7 +31,6 @@ from dblocks_jax.models.layers import modulate
 from dblocks_jax.tasks.classify.classifier import sampler_plan
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.task import Losses
-from dblocks_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config of DiffusionBlocks.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
     entry = replace(CLASSIFY, make=WideZ)
-    print(json.dumps(train(entry, CONFIG.value, WORKDIR.value)))
+    print(json.dumps(dblocks_jax.train(CONFIG.value, WORKDIR.value, own=entry)))
 
 
 if __name__ == "__main__":

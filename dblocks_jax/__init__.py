@@ -80,6 +80,10 @@ _NAMES = {
 _PLACES = {name: f"dblocks_jax.{module}" for module, names in _NAMES.items() for name in names}
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,7 +49,7 @@ def test_the_interval_is_welchs():
 
 
 def test_of_more_arms_less_is_told_apart():
-    """Three make three pairs, each of which may be wrong in a third of 5 %: 7.649 in Student's table for two freedoms."""
+    """Three make three pairs, each of which may be wrong in a third of 5 %: 7.6488 in Student's table."""
     _, low, high = difference([0.0, 2.0], [10.0, 12.0], 3) or (0, 0, 0)
     assert (high - low) / 2 == pytest.approx(7.6488 * 2**0.5, rel=1e-4)
 

@@ -18,6 +18,7 @@ from dblocks_jax.data.images import read_image
 from dblocks_jax.data.text import TextSource
 from dblocks_jax.data.vocabulary import letters
 from dblocks_jax.models.blueprint import Blueprint
+from dblocks_jax.modes import serving
 from dblocks_jax.modes.demo import DEMOS
 from dblocks_jax.modes.serving import MOST_BYTES, DemoServer
 from dblocks_jax.pages.pictures import data_uri
@@ -110,6 +111,24 @@ def test_errors_are_one_line_whenever_they_come(error, before, status, told):
         found, text = send(server, {})
     assert found == status and json.loads(text.splitlines()[-1]) == {"error": told}
     assert len(text.splitlines()) == before + 1
+
+
+def test_who_does_not_hang_up_keeps_nobody_waiting(monkeypatch):
+    """A refused client that goes on sending is listened to for a while, but not while others wait for the model."""
+    monkeypatch.setattr(serving, "LINGER_SECONDS", 60.0)
+
+    def answer(wanted):
+        if "mistake" in wanted:
+            raise UserError("a mistake")
+        yield {"step": 1}
+
+    body = b'{"mistake": 1}'
+    with served(DemoServer(0, "", "n", answer)) as server:
+        head = f"POST /answer HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as slow:
+            slow.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            assert b" 400 " in slow.recv(100)
+            assert frames(server, {}) == [{"step": 1}]
 
 
 def test_one_request_at_a_time_and_none_after_the_end():

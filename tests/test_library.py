@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dblocks_jax
-from dblocks_jax import default_config
+from dblocks_jax import Entry, default_config, find_data, train
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.table import TASKS
 
@@ -62,3 +62,14 @@ def test_defaults_are_those_of_every_task_and_refuse_what_is_no_field():
     assert own.steepness == 3
     with pytest.raises(UserError, match="there is no task 'clasify': choose one of classify"):
         default_config("clasify")
+
+
+def test_a_task_of_ones_own_is_not_taken_for_another(tmp_path):
+    entry = Entry("mine", find_data=lambda config: None, make=lambda config, card: None)  # pyright: ignore
+    with pytest.raises(UserError, match="task is 'classify' in the config, but 'mine' is given"):
+        train(default_config("classify"), tmp_path, own=entry)
+    with pytest.raises(UserError, match="task is '' in the config, but 'mine' is given"):
+        find_data(default_config(), own=entry)
+    with pytest.raises(UserError, match="task is ''; choose one of classify"):
+        find_data(default_config())
+    assert list(tmp_path.iterdir()) == []

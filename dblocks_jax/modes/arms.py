@@ -56,8 +56,8 @@ def names_of_arms(arms: Sequence[Arm]) -> list[str]:
 def difference(values: Sequence[float], others: Sequence[float], num_arms: int) -> Interval | None:
     """mean(values) - mean(others), and Welch's interval; None where there are not two of both.
 
-    Whoever looks at the best of `num_arms` has looked at all pairs of them: so each interval is as wide as is needed for
-    those of all pairs to hold together with CONFIDENCE (Bonferroni).
+    Whoever looks at the best of `num_arms` has looked at all pairs of them: so each interval is as wide as is needed
+    for those of all pairs to hold together with CONFIDENCE (Bonferroni).
     """
     if min(len(values), len(others)) < 2:
         return None

@@ -52,13 +52,13 @@ def draw_images(
     """
     if trained.entry.name != GENERATE.name:
         raise _unfit(trained, "draws no images of classes")
-    labels, known = np.asarray(labels, np.int32), len(trained.card.class_names)
-    if not len(labels):
-        raise UserError("labels are empty: name a class for each image")
-    if labels.min() < 0 or labels.max() >= known:
-        raise UserError(f"labels must lie in [0, {known - 1}], not in [{labels.min()}, {labels.max()}]")
+    wanted, known = np.asarray(labels), len(trained.card.class_names)
+    if wanted.ndim != 1 or not len(wanted) or wanted.dtype.kind not in "iu":
+        raise UserError("labels must be numbers of classes, one for each image: such as [3, 7]")
+    if wanted.min() < 0 or wanted.max() >= known:
+        raise UserError(f"labels must lie in [0, {known - 1}], not in [{wanted.min()}, {wanted.max()}]")
     scale = check_scale(trained.config.cfg_scale if cfg_scale is None else cfg_scale)
-    images = make_images(trained, labels, scale)
+    images = make_images(trained, wanted.astype(np.int32), scale)
     return images / trained.config.latent_scale if trained.config.dataset == LATENTS else images
 
 

@@ -115,6 +115,8 @@ class Classifier:
         Raises:
           UserError: the images have another type or shape than those it was trained on.
         """
+        if not isinstance(images, np.ndarray | jax.Array):
+            raise UserError("images must be an array: np.stack makes one of a list")
         if images.dtype != np.uint8 or images.shape[1:] != self.card.image_shape:
             raise UserError(
                 f"images must be uint8 [b, {', '.join(map(str, self.card.image_shape))}], "

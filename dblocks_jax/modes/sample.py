@@ -123,7 +123,7 @@ def check_scale(scale: float) -> float:
       UserError: it is none.
     """
     if not (math.isfinite(scale) and 0 <= scale <= LARGEST_SCALE):
-        raise UserError(f"--cfg_scale must lie in [0, {LARGEST_SCALE:g}], 1 is no guidance: not {scale}")
+        raise UserError(f"cfg_scale must lie in [0, {LARGEST_SCALE:g}], 1 is no guidance: not {scale}")
     return float(scale)
 
 

@@ -7,6 +7,7 @@ sends elsewhere only after asking; and where a browser says whose page is asking
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,7 @@ from dblocks_jax.run.naming import shown_lines
 HERE = "127.0.0.1"
 MOST_BYTES = 16 * 2**20  # of a request
 IDLE_SECONDS = 30  # until a connection is given up
-LINGER_SECONDS = 1.0
+LINGER_SECONDS = 1.0  # in all, for what a refused request still sends
 CHUNK = 2**16
 HEADERS = {
     "Cache-Control": "no-store",
@@ -114,8 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as why:
             self._refuse(*why.args)
             return
+        refused = None
         with suppress(OSError), self.server.lock:  # whoever asked may have gone
-            self._answer(wanted)
+            refused = self._answer(wanted)
+        if refused is not None:  # after the lock is free: a client may take its time to listen
+            self._refuse(*refused)
 
     def _check_host(self) -> None:
         if self.headers.get_all("Host") not in [[host] for host in self.server.hosts]:
@@ -143,10 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(400, "the request is no object")
         return wanted
 
-    def _answer(self, wanted: dict[str, Any]) -> None:
+    def _answer(self, wanted: dict[str, Any]) -> tuple[int, str] | None:
+        """Give an answer; or, before it has begun, say the status and why there is none."""
         if self.server.is_closing:
-            self._refuse(503, "the program is ending")
-            return
+            return 503, "the program is ending"
         has_begun = False
         try:
             for frame in self.server.answer(wanted):
@@ -156,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
                     has_begun = True
                 self.wfile.write(line)
                 if self.server.is_closing:
-                    return
+                    break
         except OSError:
             raise
         except Exception as error:
@@ -164,10 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
             if is_ours:
                 logging.exception("a request was not answered")
             why = f"the program failed: {brief(error)}" if is_ours else str(error)
-            if has_begun:
-                self.wfile.write(_line(why))
-            else:
-                self._refuse(400 if isinstance(error, UserError) else 500, why)
+            if not has_begun:
+                return 400 if isinstance(error, UserError) else 500, why
+            self.wfile.write(_line(why))
+        return None
 
     def _begin(self, status: int, kind: str, length: int | None = None) -> None:
         self.send_response(status)
@@ -183,8 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
         with suppress(OSError):
             self._begin(status, "application/x-ndjson", len(line))
             self.wfile.write(line)
-            self.connection.settimeout(LINGER_SECONDS)
-            for _ in range(4 * MOST_BYTES // CHUNK):
+            until = time.monotonic() + LINGER_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                self.connection.settimeout(left)
                 if not self.rfile.read1(CHUNK):
                     break
 

@@ -35,7 +35,9 @@ def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
     name = config.get("task", "")
     if own is not None:
         if name != own.name:
-            raise UserError(f"task is {name!r} in the config, but {own.name!r} is given: set the one or leave out the other")
+            raise UserError(
+                f"task is {name!r} in the config, but {own.name!r} is given: set the one or leave out the other"
+            )
         return own
     if not isinstance(name, str) or name not in TASKS:
         raise UserError(f"task is {name!r}; choose one of {', '.join(TASKS)}")

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.batches import steps_per_epoch
 from dblocks_jax.run.checks import check_fields, check_finite
 from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.streams import LARGEST_SEED
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.curriculum import BLOCK_SCHEDULES, Curriculum
 from dblocks_jax.training.optimizer import learning_rate
@@ -44,7 +45,7 @@ POSITIVE = (
 NOT_NEGATIVE = ("lr", "weight_decay", "num_warmup_steps", "seed", "save_top_k", "max_steps")
 BELOW_ONE = ("ema_decay",)
 # Beyond these a program would be built for hours, or not at all.
-LARGEST = {"num_layers": 1000, "steps_per_call": 10_000, "seed": 2**32 - 1}
+LARGEST = {"num_layers": 1000, "steps_per_call": 10_000, "seed": LARGEST_SEED}
 LARGEST_STEP = 2**31 - 1  # steps are counted in 32 bits on the device
 
 # Fields that the parameters do not depend on: a resumed run may change them.

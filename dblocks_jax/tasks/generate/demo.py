@@ -11,7 +11,8 @@ from dblocks_jax.pages import charts
 from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
 from dblocks_jax.run.naming import shown
-from dblocks_jax.tasks.demo import LARGEST_NUMBER, Demo, Frame, Wanted, kept, number, whole_number
+from dblocks_jax.run.streams import LARGEST_SEED
+from dblocks_jax.tasks.demo import Demo, Frame, Wanted, kept, number, whole_number
 from dblocks_jax.tasks.generate.config import LARGEST_SCALE, LATENTS
 from dblocks_jax.tasks.generate.pictures import grid
 from dblocks_jax.tasks.generate.pixels import to_pixels
@@ -39,7 +40,7 @@ def demo(task: Generate, blueprint: Blueprint, params: dict[str, Params], test: 
 
     def answer(wanted: Wanted) -> Iterator[Frame]:
         classes, count = classes_of(wanted, len(names)), whole_number(wanted, "count", 1, MOST_IMAGES)
-        seed = whole_number(wanted, "seed", 0, LARGEST_NUMBER)
+        seed = whole_number(wanted, "seed", 0, LARGEST_SEED)
         scale = number(wanted, "cfg_scale", 0.0, LARGEST_SCALE)
         places = np.minimum(np.arange(MOST_IMAGES, dtype=np.int32), count - 1)
         labels = np.array([classes[place * len(classes) // count] for place in places], np.int32)

@@ -31,13 +31,13 @@ def sampler_plan(config: ConfigDict) -> tuple[Float[np.ndarray, " n"], list[int]
 
 
 def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sampler:
-    """Build the sampler that a config describes. It compiles once for all blocks, levels and strengths of guidance.
+    """Build the sampler that a config describes. It compiles once for all blocks, levels, seeds and guidance.
 
     A sample is a function of the seed, its position and class alone, not of the batch around it.
     """
     sigmas, owners = sampler_plan(config)
 
-    @partial(jax.jit, static_argnums=0)
+    @jax.jit
     def start(seed, positions):
         keys = jax.vmap(partial(stream, seed, "samples"))(positions)
         return sigmas[0].astype(np.float32) * jax.vmap(lambda key: jax.random.normal(key, card.image_shape))(keys)
@@ -68,6 +68,6 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
                 return plain(together, labels, z, sigma)
             return with_guidance(together, labels, z, sigma, jnp.asarray(scale, jnp.float32))
 
-        return solve(answer, start(seed, positions), sigmas, owners, config.solver)
+        return solve(answer, start(np.uint32(seed), positions), sigmas, owners, config.solver)
 
     return sample
