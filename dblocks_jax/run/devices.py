@@ -1,16 +1,18 @@
-"""Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
+"""Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest elsewhere."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dblocks_jax.run.errors import UserError, brief
+from dblocks_jax.run.spilled import InFile
 
 DATA, BLOCK = "data", "block"  # the mesh's axes
 
@@ -120,8 +122,17 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """Bring arrays back that `to_host` moved; others stay as they are."""
-    return _move(tree, "device")
+    """Bring arrays back that `to_host` moved; others stay as they are.
+
+    So do those that wait in a file: the program that computes with them fetches them, and lets them go.
+    """
+    return tree if any(isinstance(leaf, InFile) for leaf in jax.tree.leaves(tree)) else _move(tree, "device")
+
+
+def from_file(tree: Any, place: Callable[[Any], Any]) -> Any:
+    """Arrays that wait in a file as `place` places them, in memory of their own; others stay as they are."""
+    # On a CPU JAX would take the file's pages for its array, and a step could not write its result in their place.
+    return jax.tree.map(lambda leaf: jnp.copy(place(leaf)) if isinstance(leaf, InFile) else leaf, tree)
 
 
 def _move(tree: Any, memory: str) -> Any:
