@@ -141,9 +141,10 @@ class Setting:
     ) -> dict[str, Part]:
         """The parts `names` of the model `after`, each a copy, with moments and average, of what it is in `before`."""
         origin = divide(parts, names, before=self.entry.num_blocks(before), after=self.entry.num_blocks(after))
+        if self.settle is not None:
+            return {name: self.settle(parts[origin[name]]) for name in origin}
         on_host = jax.device_get(parts)
-        settle = self.settle or partial(self._on, memory=self.memory)
-        return {name: settle(on_host[origin[name]]) for name in origin}
+        return {name: self._on(on_host[origin[name]], self.memory) for name in origin}
 
     def _on(self, on_host: Any, memory: str) -> Any:
         """Arrays on every device, or shared out among them, in memory of this kind."""
