@@ -53,7 +53,7 @@ def naming_lack_of_memory() -> Iterator[None]:
             raise
         raise UserError(
             "a device has too little memory: try a smaller batch_size with more accumulate_grad_batches, "
-            "gradient_checkpointing, dtype=bfloat16, or idle_blocks=host with block_schedule=chunked; "
+            "gradient_checkpointing, dtype=bfloat16, or idle_blocks=host (or disk) with block_schedule=chunked; "
             f"--mode=memory tells what fits ({brief(error)})"
         ) from error
 
