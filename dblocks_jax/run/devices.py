@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -122,17 +121,16 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """Bring arrays back that `to_host` moved; others stay as they are.
-
-    So do those that wait in a file: the program that computes with them fetches them, and lets them go.
-    """
-    return tree if any(isinstance(leaf, InFile) for leaf in jax.tree.leaves(tree)) else _move(tree, "device")
+    """Bring arrays back that `to_host` moved, or that wait in a file; others stay as they are."""
+    return _move(from_file(tree, jax.device_put), "device")
 
 
 def from_file(tree: Any, place: Callable[[Any], Any]) -> Any:
-    """Arrays that wait in a file as `place` places them, in memory of their own; others stay as they are."""
-    # On a CPU JAX would take the file's pages for its array, and a step could not write its result in their place.
-    return jax.tree.map(lambda leaf: jnp.copy(place(leaf)) if isinstance(leaf, InFile) else leaf, tree)
+    """Arrays that wait in a file as `place` places them; others stay as they are.
+
+    On a CPU `jax.device_put` takes the pages of the file for the array's memory.
+    """
+    return jax.tree.map(lambda leaf: place(leaf) if isinstance(leaf, InFile) else leaf, tree)
 
 
 def _move(tree: Any, memory: str) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
@@ -99,7 +100,8 @@ class Setting:
             return None
         if self.settle is None:
             return Away(to_host, to_device)
-        return Away(self.settle, partial(from_file, place=partial(self._on, memory="device")))
+        # In memory of their own, not in the pages of the file: a step writes its result where its parameters lay.
+        return Away(self.settle, partial(from_file, place=lambda array: jnp.copy(self._on(array, "device"))))
 
     @property
     def settle(self) -> Callable[[Any], Any] | None:
