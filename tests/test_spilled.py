@@ -25,6 +25,7 @@ from dblocks_jax.run.spilled import InFile, spill
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.training import loop as trainer
+from dblocks_jax.training import setting
 from dblocks_jax.training.optimizer import Part, new_part
 from dblocks_jax.training.setting import fresh_one_by_one, fresh_parts
 from examples.own_task import SPIRALS
@@ -57,17 +58,20 @@ def on_device(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_step() -> Iterator[None]:
-    """A training step does not depend on where blocks wait: it is compiled once."""
-    build, built = trainer.make_step, {}
+def compiled_once() -> Iterator[None]:
+    """Neither a training step nor a score depends on where blocks wait."""
+    make_step, steps = trainer.make_step, {}
+    scorer_of, scorers = setting.scorer_of, {}
 
-    def make_step(config, *args):
-        if config.num_blocks not in built:
-            built[config.num_blocks] = build(config, *args)
-        return built[config.num_blocks]
+    def step_of(config, *args):
+        return steps.setdefault(config.num_blocks, make_step(config, *args))
+
+    def score_of(task, *args):
+        return scorers.setdefault(task.config.num_blocks, scorer_of(task, *args))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_step", make_step)
+        patch.setattr(trainer, "make_step", step_of)
+        patch.setattr(setting, "scorer_of", score_of)
         yield
 
 
