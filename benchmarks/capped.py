@@ -84,19 +84,23 @@ def watch(command: list[str], procs: Path | None) -> tuple[int, str, dict[str, f
         return process.returncode, (said.read().splitlines() or [""])[-1], peak
 
 
+def rates(workdir: Path) -> list[float]:
+    """Images a second of the steps that are logged, but for the first of a start."""
+    log = workdir / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [line["images_per_second"] for line in lines if line.get("images_per_second")]
+
+
 def run(config: str, workdir: Path, procs: Path | None, **fields: Any) -> dict[str, Any]:
     """One row of the table."""
     settings = [f"--config.{name}={value}" for name, value in (VIT_L | fields).items()]
-    began = time.perf_counter()
+    before, began = len(rates(workdir)), time.perf_counter()
     code, said, peak = watch(
         [sys.executable, "launch.py", f"--config={config}", f"--workdir={workdir}", *settings], procs
     )
     ended = {0: "finished", -9: "killed: no memory was left"}.get(code, f"ended with {code}: {said}")
     row: dict[str, Any] = {"ended": ended, **{name: round(mib) for name, mib in peak.items()}}
-    log = workdir / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rates = [line["images_per_second"] for line in lines if line.get("images_per_second")]
-    row["seconds_a_step"] = [round(fields["batch_size"] / rate, 1) for rate in rates]
+    row["seconds_a_step"] = [round(fields["batch_size"] / rate, 1) for rate in rates(workdir)[before:]]
     return row | {"seconds": round(time.perf_counter() - began)}
 
 
