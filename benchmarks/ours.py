@@ -46,7 +46,7 @@ class OurSteps:
         parts = replicate(jax.device_get({name: new_part(value) for name, value in params.items()}), mesh)
         self._shares = [None] if task.corruption is None else task.corruption.shares
         train_step = make_step(config, task, blueprint, mesh)
-        self._model = OneAtATime(train_step, parts, blueprint.names, idle_on_host=False)
+        self._model = OneAtATime(train_step, parts, blueprint.names)
         rng = np.random.default_rng(0)
         count = 16 * config.batch_size
         images = rng.integers(0, 256, (count, *CIFAR100.image_shape), np.uint8)

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # Which block when, and where the others wait.
     config.block_schedule = "random"  # "random": drawn for each step (paper); "chunked": in turns; "sequential"
     config.chunk_steps = 100  # steps of a turn, if "chunked"
-    config.idle_blocks = "device"  # where blocks not being trained wait: "device", or "host"; side by side none waits
+    config.idle_blocks = "device"  # where blocks not being trained wait: "device", "host" or "disk"; side by side none
     config.sharing = "shared"  # embeddings and head: "shared" by all blocks (released code), or "isolated": one a block
     config.train_blocks = ()  # if "isolated": train these blocks here, the others elsewhere; () is all of them
     config.block_parallel = False  # train all blocks at once, each on its own share of the devices

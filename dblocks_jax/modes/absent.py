@@ -15,7 +15,7 @@ from dblocks_jax.run.errors import brief
 from dblocks_jax.run.targets import Target, check_compilers, compilers, devices_of
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.config import check_config, rest_on_host
+from dblocks_jax.training.config import check_config, rest_off_device
 
 REFUSED = "RESOURCE_EXHAUSTED"  # how a TPU's compiler begins to say that a program does not fit
 WIDTH = 11
@@ -110,7 +110,7 @@ def estimate(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any]
         if REFUSED not in str(error):
             raise
         return brief(error)
-    idle = 0 if rest_on_host(entry, config) else bytes_on_device(wanted.idle)
+    idle = 0 if rest_off_device(entry, config) else bytes_on_device(wanted.idle)
     return read_estimate(compiled, dict(wanted.mesh.shape), idle)
 
 

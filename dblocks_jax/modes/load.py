@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dblocks_jax.run.devices import make_mesh, replicated
 from dblocks_jax.run.errors import Unusable, UserError, brief, naming_malformed
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.regular import check_regular
+from dblocks_jax.run.spilled import spill
 from dblocks_jax.run.workdir import CONFIG, read_saved, scores
 from dblocks_jax.tasks.classify.task import CLASSIFY, Classify
 from dblocks_jax.tasks.table import entry_of
@@ -35,7 +36,8 @@ from dblocks_jax.training.config import (
     check_config,
     complete,
     for_evaluation,
-    rest_on_host,
+    rest_off_device,
+    rest_on_disk,
     trained_blocks,
 )
 from dblocks_jax.training.setting import shapes_of
@@ -271,9 +273,12 @@ def load_run(
             card = entry.card(run["data"])
             task = entry.make(merged, card)
             blueprint, shapes = shapes_of(task)
-        check_fits_host(sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)))
-        memory = "pinned_host" if rest_on_host(entry, merged) else "device"
-        params = checkpoints.restore_params(step, replicated(shapes, mesh or make_mesh(), memory))
+        check_fits_host(merged, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)))
+        if rest_on_disk(entry, merged):
+            params = checkpoints.restore_params(step, shapes, partial(spill, folder=workdir))
+        else:
+            memory = "pinned_host" if rest_off_device(entry, merged) else "device"
+            params = checkpoints.restore_params(step, replicated(shapes, mesh or make_mesh(), memory))
     return Trained(entry, merged, card, step, task, blueprint, params), run
 
 

@@ -12,7 +12,7 @@ from dblocks_jax.modes.fitting import smallest_that_fits, which_fit
 from dblocks_jax.modes.program import ROWS, bytes_on_device, total_bytes, variant, wanted_step
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.config import arithmetic, check_config, rest_on_host
+from dblocks_jax.training.config import arithmetic, check_config, rest_off_device
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def step_memory(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[A
         activations=analysis.temp_size_in_bytes - parameters,
         averages=bytes_on_device([part.average for part in parts]),
         total=total_bytes(analysis),
-        idle=0 if rest_on_host(entry, config) else bytes_on_device(wanted.idle),
+        idle=0 if rest_off_device(entry, config) else bytes_on_device(wanted.idle),
     )
 
 
@@ -115,12 +115,12 @@ def _format(config: ConfigDict, rows: dict[str, Memory], formula: dict[str, int]
 
 def what_comes_on_top(config: ConfigDict) -> list[str]:
     """Lines below a table about what is not in the totals."""
-    waiting = "on the host" if config.idle_blocks == "host" else "on the device, on top of the total"
+    places = {"device": "on the device, on top of the total", "host": "on the host", "disk": "on disk"}
     return [
         f"Training data on the device come on top, if they are smaller than {RESIDENT_BYTES // MIB} MiB.",
         "No block is idle: each has devices of its own (block_parallel)."
         if config.block_parallel
-        else f"Idle blocks wait {waiting} (idle_blocks={config.idle_blocks}).",
+        else f"Idle blocks wait {places[config.idle_blocks]} (idle_blocks={config.idle_blocks}).",
     ]
 
 

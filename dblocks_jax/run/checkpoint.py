@@ -22,7 +22,9 @@ FOLDER, DAMAGED = "state", "damaged"  # inside the workdir
 PARAMS, ADAM, AVERAGE, RUN = "params", "adam", "average", "run"
 Part = Any  # what trains together: a NamedTuple with the fields PARAMS, ADAM and AVERAGE, each a tree, or () for none
 Params = Any
+Settle = Callable[[Any], Any]  # arrays in host memory -> the same, where they are to wait
 STEP = re.compile("0|[1-9][0-9]{0,18}")  # a checkpoint's folder, as it is written; 007 is nobody's
+FILE_BYTES = 2**25  # of a file of a checkpoint, about: what goes into it is in memory until it is full
 FORMAT = 3  # of checkpoints; format 1 had no checksums, format 2 not what an image is like
 
 
@@ -74,9 +76,9 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         handlers = {
-            PARAMS: ocp.StandardCheckpointHandler(),
-            ADAM: ocp.StandardCheckpointHandler(),
-            AVERAGE: ocp.StandardCheckpointHandler(),
+            PARAMS: ocp.PyTreeCheckpointHandler(),
+            ADAM: ocp.PyTreeCheckpointHandler(),
+            AVERAGE: ocp.PyTreeCheckpointHandler(),
             RUN: ocp.JsonCheckpointHandler(),
         }
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -134,7 +136,10 @@ class Checkpoints:
         run = json.loads(json.dumps(run))  # a copy: it is written later, and its counts go on
         checksums = {item: checksums_of(tree) for item, tree in trees.items()} | {RUN: checksum_of_json(run)}
         record = {"format": FORMAT, "checksums": checksums, "run": run}
-        items = {item: self._ocp.args.StandardSave(tree) for item, tree in trees.items()}
+        items = {
+            item: self._ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
+            for item, tree in trees.items()
+        }
         with self._noting_failure(step):
             self._latest_save = step
             args = self._ocp.args.Composite(**items, **{RUN: self._ocp.args.JsonSave(record)})
@@ -175,11 +180,12 @@ class Checkpoints:
             self._taken_over.discard(step)
 
     def resume(
-        self, like: Callable[[int], dict[str, Part]], start: dict[str, Part]
+        self, like: Callable[[int], dict[str, Part]], start: dict[str, Part], settle: Settle | None = None
     ) -> tuple[int, dict[str, Part], dict[str, Any]]:
         """(step, parts, run) of the newest checkpoint that is sound, shaped and placed like those of its step.
 
         Step 0, `start` and {} where there is none. Newer ones that cannot be used are moved to DAMAGED, and named.
+        With `settle` parts are read one at a time, and each is what `settle` makes of its arrays.
 
         Raises:
           UserError: none of the checkpoints can be used.
@@ -188,7 +194,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 run = self.run(step)
-                restored = self.restore(step, like(step))
+                restored = self.restore(step, like(step), settle)
             except Unusable as error:
                 unusable[step] = error
                 continue
@@ -213,26 +219,28 @@ class Checkpoints:
         self._manager.reload()
         return place
 
-    def restore(self, step: int, parts: dict[str, Part]) -> dict[str, Part]:
-        """The parts as saved at `step`, shaped and placed like `parts`.
+    def restore(self, step: int, parts: dict[str, Part], settle: Settle | None = None) -> dict[str, Part]:
+        """The parts as saved at `step`, shaped and placed like `parts`; `settle` as in `resume`.
 
         Raises:
           Unusable: the checkpoint is damaged, or holds other parameters.
         """
-        restored = self._restore(step, _items(parts))
+        restored = self._restore(step, _items(parts), settle)
         return {
             name: part._replace(**{item: trees[name] for item, trees in restored.items()})
             for name, part in parts.items()
         }
 
-    def restore_params(self, step: int, params: dict[str, Params]) -> dict[str, Params]:
+    def restore_params(self, step: int, params: dict[str, Params], settle: Settle | None = None) -> dict[str, Params]:
         """What the model answers with, shaped and placed like `params`: averages where they were kept, else parameters.
+
+        `settle` is as in `resume`.
 
         Raises:
           Unusable: the checkpoint is damaged, or holds other parameters.
         """
         item = AVERAGE if AVERAGE in self._record(step)["checksums"] else PARAMS
-        return self._restore(step, {item: params})[item]
+        return self._restore(step, {item: params}, settle)[item]
 
     def run(self, step: int) -> dict[str, Any]:
         """What a checkpoint knows of its run: the `run` it was saved with.
@@ -257,7 +265,9 @@ class Checkpoints:
             )
         return record
 
-    def _restore(self, step: int, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _restore(
+        self, step: int, wanted: dict[str, dict[str, Any]], settle: Settle | None
+    ) -> dict[str, dict[str, Any]]:
         checksums = self._record(step)["checksums"]
         with self._naming_what_is_damaged(step):
             metadata = self._manager.item_metadata(step)
@@ -268,10 +278,25 @@ class Checkpoints:
                 raise Unusable(
                     f"checkpoint {step} of {self._workdir} does not fit this model:\n  " + "\n  ".join(differing)
                 )
+        if settle is None:
+            return self._read(step, wanted, checksums)
+        restored: dict[str, dict[str, Any]] = {item: {} for item in wanted}
+        for name in {name: None for tree in wanted.values() for name in tree}:
+            of_part = {item: {name: tree[name]} for item, tree in wanted.items()}
+            for item, tree in settle(self._read(step, of_part, checksums)).items():
+                restored[item] |= tree
+        return restored
+
+    def _read(self, step: int, wanted: dict[str, dict[str, Any]], checksums: Any) -> dict[str, dict[str, Any]]:
+        """`wanted`, which may be a part of all that there is."""
+        ocp = self._ocp
         with self._naming_what_is_damaged(step):
-            like = {item: jax.tree.map(self._ocp.utils.to_shape_dtype_struct, tree) for item, tree in wanted.items()}
-            items = {item: self._ocp.args.StandardRestore(tree) for item, tree in like.items()}
-            read = self._manager.restore(step, args=self._ocp.args.Composite(**items))
+            items = {}
+            for item, tree in wanted.items():
+                like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+                how = ocp.checkpoint_utils.construct_restore_args(like)
+                items[item] = ocp.args.PyTreeRestore(like, restore_args=how, partial_restore=True)
+            read = self._manager.restore(step, args=ocp.args.Composite(**items))
             restored = {item: read[item] for item in wanted}
             for item in wanted:
                 for name, checksum in checksums_of(restored[item]).items():

@@ -1,7 +1,7 @@
-"""Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest on the host."""
+"""Where arrays live: batches are split over devices, parameters are on each, and idle blocks may rest elsewhere."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dblocks_jax.run.errors import UserError, brief
+from dblocks_jax.run.spilled import InFile
 
 DATA, BLOCK = "data", "block"  # the mesh's axes
 
@@ -51,7 +52,7 @@ def naming_lack_of_memory() -> Iterator[None]:
             raise
         raise UserError(
             "a device has too little memory: try a smaller batch_size with more accumulate_grad_batches, "
-            "gradient_checkpointing, dtype=bfloat16, or idle_blocks=host with block_schedule=chunked; "
+            "gradient_checkpointing, dtype=bfloat16, or idle_blocks=host (or disk) with block_schedule=chunked; "
             f"--mode=memory tells what fits ({brief(error)})"
         ) from error
 
@@ -120,8 +121,16 @@ def to_host(tree: Any) -> Any:
 
 
 def to_device(tree: Any) -> Any:
-    """Bring arrays back that `to_host` moved; others stay as they are."""
-    return _move(tree, "device")
+    """Bring arrays back that `to_host` moved, or that wait in a file; others stay as they are."""
+    return _move(from_file(tree, jax.device_put), "device")
+
+
+def from_file(tree: Any, place: Callable[[Any], Any]) -> Any:
+    """Arrays that wait in a file as `place` places them; others stay as they are.
+
+    On a CPU `jax.device_put` takes the pages of the file for the array's memory.
+    """
+    return jax.tree.map(lambda leaf: place(leaf) if isinstance(leaf, InFile) else leaf, tree)
 
 
 def _move(tree: Any, memory: str) -> Any:

@@ -18,17 +18,20 @@ from dblocks_jax.training.setting import Setting, fresh_parts
 def begin(setting: Setting) -> dict[str, Part]:
     """Parts of the first stage: fresh, or, where `begin_from` names a run, copies of its last checkpoint.
 
+    None where the run has a checkpoint: it goes on with that.
+
     Raises:
       UserError: there is no such run, or its model is not one that this run's blocks can begin as.
     """
-    fresh = setting.fresh(setting.stages[0])
+    if saved_steps(setting.workdir):
+        return {}
     source = setting.config.begin_from
-    if not source or saved_steps(setting.workdir):  # what is there already goes on
-        return fresh
-    return _copies(setting, fresh, Path(os.path.expanduser(source)))  # ~nobody stays as it is
+    if not source:
+        return setting.fresh(setting.stages[0])
+    return _copies(setting, Path(os.path.expanduser(source)))  # ~nobody stays as it is
 
 
-def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str, Part]:
+def _copies(setting: Setting, source: Path) -> dict[str, Part]:
     """Parameters and moments come along; an average begins where the other run's stands, or at its parameters."""
     if not saved_steps(source):
         raise UserError(f"begin_from: {source} holds no run that was saved")
@@ -49,11 +52,12 @@ def _copies(setting: Setting, fresh: dict[str, Part], source: Path) -> dict[str,
         parts = {name: part._replace(average=()) for name, part in parts.items()}
     elif config.ema_decay == 0:
         parts = {name: part._replace(average=jax.tree.map(np.copy, part.params)) for name, part in parts.items()}
+    shapes = setting.like(setting.stages[0])
     try:
-        copies = setting.grow(parts, fresh, before=config, after=setting.stages[0].config)
+        copies = setting.grow(parts, shapes, before=config, after=setting.stages[0].config)
     except UserError as error:
         raise UserError(f"begin_from: {source}: {error}") from error
-    differing = differences(expected=shapes_by_path(fresh), found=shapes_by_path(copies))
+    differing = differences(expected=shapes_by_path(shapes), found=shapes_by_path(copies))
     if differing:
         raise UserError(
             f"begin_from: {source} has other shapes than one of this run's blocks ({len(differing)} differ; "

@@ -31,7 +31,7 @@ TYPES = {
 }  # fmt: skip
 CHOICES = {
     "block_schedule": BLOCK_SCHEDULES,
-    "idle_blocks": ("device", "host"),
+    "idle_blocks": ("device", "host", "disk"),
     "sharing": ("shared", "isolated"),
     "dtype": ("float32", "bfloat16"),
     "matmul_precision": ("default", "high", "highest"),
@@ -112,9 +112,14 @@ def trained_blocks(entry: Entry, config: ConfigDict) -> tuple[int, ...]:
     return tuple(config.train_blocks) or tuple(range(entry.num_blocks(config)))
 
 
-def rest_on_host(entry: Entry, config: ConfigDict) -> bool:
-    """Whether the blocks of a model, but for the one at work, stay in host memory."""
-    return config.block_parallel or (config.idle_blocks == "host" and entry.num_blocks(config) > 1)
+def rest_off_device(entry: Entry, config: ConfigDict) -> bool:
+    """Whether the blocks of a model, but for the one at work, stay in host memory or on disk."""
+    return config.block_parallel or (config.idle_blocks != "device" and entry.num_blocks(config) > 1)
+
+
+def rest_on_disk(entry: Entry, config: ConfigDict) -> bool:
+    """Whether they stay on disk."""
+    return config.idle_blocks == "disk" and not config.block_parallel and entry.num_blocks(config) > 1
 
 
 def curriculum(entry: Entry, config: ConfigDict, total_steps: int) -> Curriculum:

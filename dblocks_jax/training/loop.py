@@ -20,7 +20,7 @@ from dblocks_jax.run.logs import Logs, check_wandb
 from dblocks_jax.run.processes import is_first
 from dblocks_jax.run.stop import Stop
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.config import arithmetic, check_config, rest_on_host, schedule
+from dblocks_jax.training.config import arithmetic, check_config, schedule
 from dblocks_jax.training.display import Display
 from dblocks_jax.training.health import Health
 from dblocks_jax.training.opened import Opened, open_run
@@ -82,8 +82,7 @@ class Trainer:
         if setting.config.block_parallel:
             isolated = setting.config.sharing == "isolated"
             return SideBySide(self.train_step, parts, model.blueprint.names, setting.mesh, isolated=isolated)
-        on_host = rest_on_host(setting.entry, setting.config)
-        return OneAtATime(self.train_step, parts, model.blueprint.names, idle_on_host=on_host)
+        return OneAtATime(self.train_step, parts, model.blueprint.names, away=setting.away)
 
     def grow_if_due(self) -> None:
         """At the end of a stage: more blocks, which begin as copies. What was saved before is of the smaller model."""
@@ -202,8 +201,8 @@ class Trainer:
             if step == self.total:
                 break
             try:
-                like = {name: part.params for name, part in self.setting.fresh(self.setting.stage_of(step)).items()}
-                return step, self.opened.checkpoints.restore_params(step, like)
+                like = {name: part.params for name, part in self.setting.like(self.setting.stage_of(step)).items()}
+                return step, self.opened.checkpoints.restore_params(step, like, self.setting.settle)
             except Unusable as error:
                 logging.error("%s: taking the next best", error)
         return self.total, last

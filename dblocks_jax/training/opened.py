@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from dblocks_jax.run import workdir as run_folder
@@ -42,7 +41,9 @@ def open_run(setting: Setting, held: ExitStack, *, command: list[str], overrides
     scores: dict[int, float] = {}
     with run_folder.writing(workdir):
         checkpoints = held.enter_context(Checkpoints(workdir, scores=scores, save_top_k=config.save_top_k))
-        step, parts, about = checkpoints.resume(partial(parts_like, setting, parts), parts)
+        step, parts, about = checkpoints.resume(
+            lambda step: setting.like(setting.stage_of(step)), parts, setting.settle
+        )
         check_alike("checkpoints", step)
         if "imported" in about:
             raise UserError(
@@ -58,9 +59,3 @@ def open_run(setting: Setting, held: ExitStack, *, command: list[str], overrides
     return Opened(
         checkpoints, step, parts, about.get("skipped", {}), scores, {split: set(at) for split, at in on_record.items()}
     )
-
-
-def parts_like(setting: Setting, first: dict[str, Part], step: int) -> dict[str, Part]:
-    """Parts shaped and placed as a checkpoint of `step` is read. `first` are those of the start."""
-    stage = setting.stage_of(step)
-    return first if stage is setting.stages[0] else setting.fresh(stage)

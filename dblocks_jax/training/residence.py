@@ -1,37 +1,50 @@
 """Where the parts of a model live while they are trained: the active block on the device, idle ones where you say."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from dblocks_jax.data.feed import Resident, Streamed
-from dblocks_jax.run.devices import replicate, stack_over_blocks, to_device, to_host, unstack
+from dblocks_jax.run.devices import replicate, stack_over_blocks, unstack
 from dblocks_jax.training.optimizer import Part
 from dblocks_jax.training.step import Log, Steps, TrainStep
 
 
+class Away(NamedTuple):
+    """Where idle parts wait, if not on the device: how a part gets there, and how it comes back."""
+
+    leave: Callable[[Part], Part]
+    come: Callable[[Part], Part]
+
+
 class OneAtATime:
-    """Trains one block at a time. With `idle_on_host` the others' parameters and optimizer state leave the device."""
+    """Trains one block at a time. With `away` the others' parameters and optimizer state leave the device."""
 
     def __init__(
-        self, step: TrainStep, parts: dict[str, Part], names: Callable[[int], tuple[str, ...]], *, idle_on_host: bool
+        self,
+        step: TrainStep,
+        parts: dict[str, Part],
+        names: Callable[[int], tuple[str, ...]],
+        *,
+        away: Away | None = None,
     ):
         """`parts` are taken over: they are donated to the step. `names` tells the parts that train with a block."""
         self._step = step
         self._names = names
-        self._idle_on_host = idle_on_host
+        self._away = away
         self._active: tuple[str, ...] = ()
-        self._parts = {name: to_host(part) for name, part in parts.items()} if idle_on_host else dict(parts)
+        self._parts = {name: away.leave(part) for name, part in parts.items()} if away else dict(parts)
 
     def train(self, block: int, data: Resident | Streamed, steps: Steps) -> Log:
         """Make `steps` and return their metrics, each [k]; does not wait for them unless a block must move out."""
         names = self._names(block)
-        if self._idle_on_host and names != self._active:
+        if self._away and names != self._active:
             leaving = [name for name in self._active if name not in names]
-            self._parts |= {name: to_host(self._parts[name]) for name in leaving}
+            self._parts |= {name: self._away.leave(self._parts[name]) for name in leaving}
             jax.block_until_ready([self._parts[name] for name in leaving])  # else blocks would pile up on the device
-            self._parts |= {name: to_device(self._parts[name]) for name in names}
+            self._parts |= {name: self._away.come(self._parts[name]) for name in names}
         self._active = names
         active = tuple(self._parts.pop(name) for name in names)  # donated: nothing else may hold them
         active, metrics = self._step(active, data, steps)

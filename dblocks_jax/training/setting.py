@@ -1,12 +1,15 @@
 """All that is known of a run before its folder is touched: data, length, stages, and a fresh model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,9 +17,20 @@ from dblocks_jax.data.source import Data
 from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run import workdir as run_folder
 from dblocks_jax.run.checkpoint import FOLDER
-from dblocks_jax.run.devices import check_batch_size, make_mesh, on_cpu, replicate, spread
+from dblocks_jax.run.devices import (
+    check_batch_size,
+    from_file,
+    make_mesh,
+    on_cpu,
+    replicate,
+    replicated,
+    spread,
+    to_device,
+    to_host,
+)
 from dblocks_jax.run.errors import UserError, naming_malformed
 from dblocks_jax.run.processes import check_alike, first_process_first
+from dblocks_jax.run.spilled import spill
 from dblocks_jax.run.streams import stream
 from dblocks_jax.tasks.task import Entry, Scorer, Task
 from dblocks_jax.training.config import (
@@ -24,11 +38,13 @@ from dblocks_jax.training.config import (
     check_resumable,
     count_steps,
     curriculum,
-    rest_on_host,
+    rest_off_device,
+    rest_on_disk,
     trained_blocks,
 )
 from dblocks_jax.training.heldout import scorer_of
 from dblocks_jax.training.optimizer import Part, new_part
+from dblocks_jax.training.residence import Away
 from dblocks_jax.training.stages import Stage, divide, make_stages
 from dblocks_jax.training.step import Parallel, TrainStep, make_train_step
 
@@ -74,8 +90,23 @@ class Setting:
 
     @property
     def memory(self) -> str:
-        """Where parts are placed that are not at work."""
-        return "pinned_host" if rest_on_host(self.entry, self.config) else "device"
+        """Where parts are placed that are not at work, if that is no disk."""
+        return "pinned_host" if rest_off_device(self.entry, self.config) else "device"
+
+    @property
+    def away(self) -> Away | None:
+        """How parts come and go that are not at work."""
+        if not rest_off_device(self.entry, self.config):
+            return None
+        if self.settle is None:
+            return Away(to_host, to_device)
+        # In memory of their own, not in the pages of the file: a step writes its result where its parameters lay.
+        return Away(self.settle, partial(from_file, place=lambda array: jnp.copy(self._on(array, "device"))))
+
+    @property
+    def settle(self) -> Callable[[Any], Any] | None:
+        """Where parts wait on disk: how they get there, from the host or a device."""
+        return partial(spill, folder=self.workdir) if rest_on_disk(self.entry, self.config) else None
 
     def stage_of(self, step: int) -> Stage:
         """The one that made a step (from 1); the first for the start, the last for a step beyond the run's length."""
@@ -90,21 +121,38 @@ class Setting:
     def fresh(self, stage: Stage) -> dict[str, Part]:
         """New parts of a stage, as far as they are trained here, placed where they wait."""
         task = self.entry.make(stage.config, self.entry.card(self.card))
-        return self._place(fresh_parts(self.entry, stage.config, task))
+        if self.settle is not None:
+            parts = fresh_one_by_one(self.entry, stage.config, task)
+            return {name: self.settle(part) for name, part in parts}
+        return self._on(fresh_parts(self.entry, stage.config, task), self.memory)
+
+    def like(self, stage: Stage) -> dict[str, Part]:
+        """Shapes of a stage's parts, and where each waits, if that is no disk. Nothing is allocated."""
+        task = self.entry.make(stage.config, self.entry.card(self.card))
+        blueprint, shapes = shapes_of(task)
+        parts = part_shapes(stage.config, {name: shapes[name] for name in mine(self.entry, stage.config, blueprint)})
+        if self.settle is not None:
+            return parts
+        if not self.config.shard_parameters:
+            return replicated(parts, self.mesh, self.memory)
+        places = spread(parts, self.mesh, self.memory)
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), parts, places)
 
     def grow(
         self, parts: dict[str, Part], names: Iterable[str], *, before: ConfigDict, after: ConfigDict
     ) -> dict[str, Part]:
         """The parts `names` of the model `after`, each a copy, with moments and average, of what it is in `before`."""
         origin = divide(parts, names, before=self.entry.num_blocks(before), after=self.entry.num_blocks(after))
+        if self.settle is not None:
+            return {name: self.settle(parts[origin[name]]) for name in origin}
         on_host = jax.device_get(parts)
-        return {name: self._place(on_host[origin[name]]) for name in origin}
+        return {name: self._on(on_host[origin[name]], self.memory) for name in origin}
 
-    def _place(self, on_host: Any) -> Any:
-        """Arrays where they wait, on every device or shared out among them."""
+    def _on(self, on_host: Any, memory: str) -> Any:
+        """Arrays on every device, or shared out among them, in memory of this kind."""
         if not self.config.shard_parameters:
-            return replicate(on_host, self.mesh, self.memory)
-        return jax.device_put(on_host, spread(on_host, self.mesh, self.memory))
+            return replicate(on_host, self.mesh, memory)
+        return jax.device_put(on_host, spread(on_host, self.mesh, memory))
 
 
 def new_model(task: Task, seed: int) -> tuple[Blueprint, dict[str, Params]]:
@@ -116,8 +164,31 @@ def fresh_parts(entry: Entry, config: ConfigDict, task: Task) -> dict[str, Part]
     """New parts of the blocks that a config trains, in host memory: a whole model may not fit on a device."""
     with on_cpu():
         blueprint, params = new_model(task, config.seed)
-        mine = sorted({name for block in trained_blocks(entry, config) for name in blueprint.names(block)})
-        return jax.device_get({name: new_part(params[name], averaged=config.ema_decay > 0) for name in mine})
+        names = mine(entry, config, blueprint)
+        return jax.device_get({name: new_part(params[name], averaged=config.ema_decay > 0) for name in names})
+
+
+def fresh_one_by_one(entry: Entry, config: ConfigDict, task: Task) -> Iterator[tuple[str, Part]]:
+    """What `fresh_parts` returns, bit for bit, a part at a time: a whole model may not fit on the host either.
+
+    The operations that make a model are recorded, and for each part those are done that it needs, one after the other
+    as they would be otherwise: compiled together they could round differently.
+    """
+    with on_cpu():
+        blueprint = shapes_of(task)[0]
+        program, shapes = jax.make_jaxpr(lambda: new_model(task, config.seed)[1], return_shape=True)()
+        owners = [path[0].key for path, _ in jax.tree.leaves_with_path(shapes)]
+        for name in mine(entry, config, blueprint):
+            needed, _ = dce_jaxpr(program.jaxpr, [owner == name for owner in owners])
+            leaves = jaxpr_as_fun(program.replace(jaxpr=needed))()
+            params = jax.tree.unflatten(jax.tree.structure(shapes[name]), leaves)
+            yield name, jax.device_get(new_part(params, averaged=config.ema_decay > 0))
+            del leaves, params
+
+
+def mine(entry: Entry, config: ConfigDict, blueprint: Blueprint) -> list[str]:
+    """The parts that a config trains here."""
+    return sorted({name for block in trained_blocks(entry, config) for name in blueprint.names(block)})
 
 
 def shapes_of(task: Task) -> tuple[Blueprint, dict[str, Any]]:

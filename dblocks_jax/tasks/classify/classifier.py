@@ -73,8 +73,8 @@ def make_classifier(config: ConfigDict, blueprint: Blueprint, card: Card) -> Cla
         images, z = start(images, positions)
 
         def visit(index: int, z: Array, sigma: np.float32, sigma_next: np.float32):
-            if config.idle_blocks == "host" or config.block_parallel:
-                jax.block_until_ready(z)  # else blocks that wait on the host would pile up on the device
+            if config.idle_blocks != "device" or config.block_parallel:
+                jax.block_until_ready(z)  # else blocks that wait elsewhere would pile up on the device
             shared, block = (to_device(params[name]) for name in blueprint.names(blocks[index]))
             name_next = blueprint.names([*blocks, blocks[-1]][index + 1])[0]
             labels_next = None if name_next == "shared" else to_device(params[name_next]["labels"])

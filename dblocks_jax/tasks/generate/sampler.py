@@ -61,8 +61,8 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint, card: Card) -> Sample
         seed: int = config.seed,
     ) -> Iterator[tuple[Array, Array]]:
         def answer(owner: int, z: Array, sigma: np.float32) -> Array:
-            if config.idle_blocks == "host" or config.block_parallel:
-                jax.block_until_ready(z)  # else blocks that wait on the host would pile up on the device
+            if config.idle_blocks != "device" or config.block_parallel:
+                jax.block_until_ready(z)  # else blocks that wait elsewhere would pile up on the device
             together = tuple(to_device(params[name]) for name in blueprint.names(owner))
             if isinstance(scale, int | float) and scale == 1:
                 return plain(together, labels, z, sigma)

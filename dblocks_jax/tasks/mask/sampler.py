@@ -60,8 +60,8 @@ def make_sampler(config: ConfigDict, blueprint: Blueprint) -> Sampler:
         nexts = [*levels[1:], 0.0]
         state = jnp.asarray(tokens, jnp.int32), jnp.asarray(is_hidden)
         for i, (owner, level, following) in enumerate(zip(masking.owners(levels), levels, nexts, strict=True)):
-            if config.idle_blocks == "host" or config.block_parallel:
-                jax.block_until_ready(state)  # else blocks that wait on the host would pile up on the device
+            if config.idle_blocks != "device" or config.block_parallel:
+                jax.block_until_ready(state)  # else blocks that wait elsewhere would pile up on the device
             together = tuple(to_device(params[name]) for name in blueprint.names(owner))
             share = np.float32(2 if following == 0 else (level - following) / level)  # in the end all, beyond doubt
             state = step(
