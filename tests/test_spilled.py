@@ -42,7 +42,7 @@ TINY = {
 def run(workdir: Path, where: str) -> dict[str, Any]:
     config = common.get_config()
     config.update(TINY | {"idle_blocks": where})
-    return dblocks_jax.train(SPIRALS, config, workdir)
+    return dblocks_jax.train(config, workdir, own=SPIRALS)
 
 
 def assert_same_state(one: Path, other: Path) -> None:
