@@ -551,5 +551,5 @@ def test_what_lies_in_the_place_of_a_folder_is_named(tmp_path, make, why, below)
         pytest.fail("it was claimed")
     assert why.format(place=place) in str(error.value) and "File exists" not in str(error.value)
     with pytest.raises(Unsaved) as error:
-        write_page(place / below / "compare.html", {"tables": [], "charts": {}})
+        write_page(place / below / "compare.html", {"tables": [], "charts": {}, "confidence": ""})
     assert why.format(place=place) in str(error.value)
