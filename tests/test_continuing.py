@@ -70,6 +70,7 @@ def test_the_text_is_inspected(run, tmp_path):
     assert result["vocabulary"] == 27 and Page(tmp_path / "inspect.html").loaded == []
 
 
+@pytest.mark.long
 def test_a_page_goes_on_from_a_text(run, tmp_path):
     """Token by token, as `--mode=sample` does."""
     trained = load_trained(run[1])

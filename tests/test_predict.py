@@ -206,6 +206,7 @@ def test_evaluation_and_the_loaded_classifier_agree_about_the_checkpoint(run):
     assert scored["top1"] == result["top1"] and scored["checkpoint"] == load_classifier(workdir).step
 
 
+@pytest.mark.long
 def test_a_page_answers_as_the_classifier_does(run, test_split, tmp_path):
     """Its test images are of the split, and an image comes to the model as it is."""
     trained, image = load_trained(run[1]), test_split.images(np.array([7]))

@@ -156,6 +156,7 @@ def drawn(tmp_path_factory) -> tuple[ConfigDict, Path]:
     return config, workdir
 
 
+@pytest.mark.long
 def test_images_are_made_and_shown_where_symbols_are_grey_levels(drawn, monkeypatch):
     """A model whose head is still zero needs 8 bits for each of 256 grey levels, whatever is hidden."""
     config, workdir = drawn
