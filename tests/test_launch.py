@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
@@ -247,3 +248,14 @@ def test_a_line_about_many_denoising_steps_is_short(tmp_path, caplog, count, tol
     assert caplog.messages == [f"step 7: test top1 1.0000 {told}"]
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert len(json.loads(line)["accuracy_by_step"]) == count
+
+
+def test_long_scoring_tells_how_far_it_is(caplog, monkeypatch):
+    """Where there is no terminal: a line every five seconds, none for what is done sooner."""
+    now = iter([100.0, 104.0, 105.5, 106.0, 111.0])  # the start, and each batch
+    monkeypatch.setattr("dblocks_jax.training.display.time", SimpleNamespace(monotonic=lambda: next(now)))
+    with caplog.at_level("INFO"):
+        at_each_batch = Display(total_steps=1, start=0).doing("scoring the test split")
+        for _ in range(4):
+            at_each_batch()
+    assert caplog.messages == [f"scoring the test split: batch {i}, after 0:00:{s:02d}" for i, s in ((2, 6), (4, 11))]

@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,21 @@ class Display:
             head = f"step {step}/{self._total_steps} epoch {line['epoch']:.1f}"
             logging.info("%s", "  ".join(filter(None, (head, means, *about, left))))
 
-    def say_doing(self, text: str) -> None:
-        """Show what is being done other than steps."""
+    def doing(self, text: str) -> Callable[[], None]:
+        """Show what is being done other than steps. What is returned is to be called at each batch of it."""
+        began, count = time.monotonic(), 0
         self._bar.update(self._task, text=text)
+
+        def at_each_batch() -> None:
+            nonlocal count
+            count, now = count + 1, time.monotonic()
+            line = f"{text}: batch {count}, after {clock(now - began)}"
+            self._bar.update(self._task, text=line)
+            if self._live is None and now - max(began, self._last_line) >= LINE_SECONDS:
+                self._last_line = now
+                logging.info("%s", line)
+
+        return at_each_batch
 
     def _render(self) -> Group:
         table = Table(box=None, header_style="dim")

@@ -142,8 +142,13 @@ class Trainer:
     def score(self, step: int, params: dict[str, Params], split: str, *, at_end: bool = False) -> dict[str, Any]:
         """Judge the model of a step: the scores that are due while it trains, or all of them at the end."""
         model = self.model_of(self.setting.stage_of(step))
-        self.display.say_doing(f"scoring the {split} split")
-        found = model.score(params, self.setting.data, split, self.stop.check)
+        show = self.display.doing(f"scoring the {split} split")
+
+        def at_each_batch() -> None:
+            self.stop.check()
+            show()
+
+        found = model.score(params, self.setting.data, split, at_each_batch)
         if at_end or step not in self.opened.on_record[split]:
             self.progress.evaluated(step, split, found, model.task.tell(found))
             self.opened.on_record[split].add(step)
