@@ -31,6 +31,7 @@ def rows():
     return memory_table(sized())["rows"]
 
 
+@pytest.mark.long
 def test_parameters_and_moments_are_counted_exactly(rows):
     """By hand: a layer has 4 d^2 + 2 d m weights, 5 d + m biases, 4 d of norms; a conditioned one 6 d k + 6 d more."""
     d, m, k, labels, tokens = 12, 512, 2, 10, 17
@@ -73,6 +74,7 @@ def test_the_table_has_averages_where_there_are_some(monkeypatch, capsys):
     assert " averages " not in without and "(4P + A) / B" in without
 
 
+@pytest.mark.long
 def test_a_block_needs_its_share_of_the_activations(rows):
     """Layers keep as much as they like, the same each, and one being worked on has at most three such arrays more."""
     ratio = rows["DiffusionBlocks"]["total"] / rows["plain"]["total"]
