@@ -139,23 +139,25 @@ class Pointers(Task):
             arrows = jnp.asarray(data.split(split).examples["arrows"], jnp.int32)
             targets = np.stack([follow(arrows, hops) for hops in self.hops], axis=-1)
             found = {}
-            for steps in (1,) if self.corruption is None else (1, STEPS_OF_ANSWER):
-                levels = np.arange(steps, 0, -1) / steps
-                owners = [0] if self.corruption is None else self.corruption.owners(levels)
-                asked = [tuple(params[name] for name in blueprint.names(owner)) for owner in owners]
+            masking = self.corruption or Masking(1, gamma=0.0)  # the plain network answers with all hidden
+            for steps in (1,) if self.config.is_plain else (1, STEPS_OF_ANSWER):
+                levels = masking.levels(steps)
+                asked = [tuple(params[name] for name in blueprint.names(owner)) for owner in masking.owners(levels)]
                 answers = uncover(
                     [lambda *seen, of=of: log_probs(of, arrows, *seen) for of in asked], levels, targets.shape
                 )
-                found[f"{steps} steps"] = (answers == targets).mean(axis=(0, 1)).tolist()
-            return found | {"accuracy": found[f"{steps} steps"][-1]}
+                shares = (answers == targets).mean(axis=(0, 1)).tolist()
+                found[f"{steps} steps"] = shares
+            return found | {"shares": shares, "accuracy": shares[-1]}
 
         return score
 
 
-def uncover(
-    asked: list[Callable], levels: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:  # who is asked at each level: (targets, is_hidden, level) -> log-probabilities
-    """Targets, first those of which the model is surest: as many at each level as fall due."""
+def uncover(asked: list[Callable], levels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Targets, first those of which the model is surest: as many at each level as fall due.
+
+    `asked` has for each level who is asked then: (targets, is_hidden, level) -> log-probabilities.
+    """
     count, per_example = shape[0], math.prod(shape[1:])
     targets, is_hidden = np.zeros((count, per_example), np.int32), np.ones((count, per_example), bool)
     for ask, level, following in zip(asked, levels, [*levels[1:], 0.0], strict=True):
@@ -207,7 +209,7 @@ def run(name: str, z: str, seed: int, args: argparse.Namespace) -> list[float]:
         result = dblocks_jax.train(config, folder, own=POINTERS)
         folder.joinpath("train.json").write_text(json.dumps(result))
     print(json.dumps({"arm": name, "z": z, "seed": seed} | {key: result[key] for key in result if "steps" in key}))
-    return result[max((key for key in result if key.endswith(" steps")), key=lambda key: int(key.split()[0]))]
+    return result["shares"]
 
 
 def main() -> None:

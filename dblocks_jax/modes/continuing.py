@@ -21,6 +21,7 @@ from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
 from dblocks_jax.tasks.recurrent.task import RECURRENT
 from dblocks_jax.tasks.text_order import InOrder
 from dblocks_jax.tasks.text_scores import known_words, text_scores
+from dblocks_jax.tasks.text_writing import least_prompt, read_prompt
 from dblocks_jax.training.config import arithmetic
 
 PROMPT_SHARE = 4  # of what a model sees one part in so many is given, where texts are made to be scored
@@ -80,14 +81,8 @@ def continued(trained: Trained, text: str | None, count: int) -> list[str]:
       Diverged: the model's answers are not finite.
     """
     card = trained.card
-    blank = " " if " " in card.vocabulary.symbols or card.vocabulary.kind == "bpe" else card.vocabulary.symbols[0]
-    prompt = card.vocabulary.encode(blank if text is None else text)
-    if not len(prompt):
-        raise UserError("the text is empty: leave it out, or write what is to be gone on from")
-    if len(prompt) >= card.length:
-        raise UserError(
-            f"the text has {len(prompt)} tokens, and with what follows the model sees {card.length}: shorten it"
-        )
+    beginning = least_prompt(card) if text is None else text
+    prompt = read_prompt(beginning, card, if_empty="leave it out, or write what is to be gone on from")
     made = write_on(trained, np.tile(prompt, (count, 1)), card.length - len(prompt))
     return [card.vocabulary.decode(np.concatenate([prompt, row])) for row in made]
 

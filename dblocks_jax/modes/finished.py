@@ -22,12 +22,13 @@ from dblocks_jax.training.config import FREE_TO_CHANGE, complete, count_steps
 RESULT, EVAL, REPORT = "train.json", "eval.json", "report.json"
 OF_ONES_OWN = ("folder", "latents", "text_file")  # data sets that a path names
 COUNTED = {"num_images": "images", "num_sequences": "sequences"}  # how a result says what it is of: in words
-# Which say nothing about the method: runs that differ in these belong together.
-# "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
+# In which a baseline is like the blocks.
 ALIKE = (
     "hidden_size", "num_heads", "intermediate_size", "patch_size", "image_size", "text_length", "batch_size",
     "accumulate_grad_batches",
-)  # fmt: skip  # in which a baseline is like the blocks
+)  # fmt: skip
+# Which say nothing about the method: runs that differ in these belong together.
+# "save_top_k" decides which checkpoint is scored; a data set has a table of its own.
 NOT_COMPARED = {"seed", "dataset", *FREE_TO_CHANGE} - {"save_top_k"}
 
 
@@ -135,7 +136,7 @@ def _read(workdir: Path) -> Run:
         raise UserError(f"{workdir} holds no run: --runs takes folders of runs")
     config = complete(config)  # of earlier versions
     try:
-        entry = entry_of(ConfigDict(complete(config)))
+        entry = entry_of(ConfigDict(config))
     except UserError as error:
         raise UserError(f"{workdir / CONFIG}: {error}") from error
     main = SHOWN[entry.name].FIGURES[0]
@@ -148,7 +149,7 @@ def _read(workdir: Path) -> Run:
         )
     if result["mode"] == "train" and not result.get("diverged"):
         images = (read_saved(workdir, DATA) or {}).get("images")
-        if images is not None and result["step"] < (steps := _steps_of(config, images)):
+        if images is not None and result["step"] < (steps := count_steps(entry, ConfigDict(config), images).steps):
             raise UserError(f"{workdir} is not finished: its result is of step {result['step']} of {steps}")
     report = read_result(workdir, REPORT) or {}
     if report.get("checkpoint") != result["checkpoint"] or not _is_sampled_as(config, report, "num_inference_steps"):
@@ -190,11 +191,6 @@ def scored_on(run: Run, runs: Sequence[Run]) -> str:
     others = [each.dataset for each in runs if (each.entry, each.data) == (run.entry, run.data)]
     scored = [dataset for dataset in others if dataset != run.data]
     return scored[0] if run.is_diverged and scored and run.dataset == run.data else run.dataset
-
-
-def _steps_of(config: dict[str, Any], images: int) -> int:
-    of_run = ConfigDict(complete(config))
-    return count_steps(entry_of(of_run), of_run, images).steps
 
 
 def arms_of(groups: Sequence[Group]) -> list[str]:

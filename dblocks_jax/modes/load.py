@@ -273,7 +273,8 @@ def load_run(
             card = entry.card(run["data"])
             task = entry.make(merged, card)
             blueprint, shapes = shapes_of(task)
-        check_fits_host(merged, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)))
+        weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        check_fits_host(merged, weights, entry.num_blocks(merged))
         if rest_on_disk(entry, merged):
             params = checkpoints.restore_params(step, shapes, partial(spill, folder=workdir))
         else:

@@ -91,16 +91,16 @@ def check_divides(config: ConfigDict, divisor: str, field: str) -> None:
         raise UserError(f"{divisor}={config[divisor]} must divide {field}={config[field]}")
 
 
-def check_fits_host(config: ConfigDict, weights: int) -> None:
+def check_fits_host(config: ConfigDict, weights: int, num_blocks: int) -> None:
     """A model starts in host memory: refuse one of so many parameters that it cannot.
 
-    Where blocks wait on disk, it starts block by block.
+    Where its blocks wait on disk, it starts block by block. A plain network is one block.
 
     Raises:
       UserError: with what it needs and what there is.
     """
-    if config.idle_blocks == "disk" and config.get("model_type", "dblock") == "dblock":
-        weights //= config.num_blocks
+    if config.idle_blocks == "disk":
+        weights //= num_blocks
     needed = weights * BYTES_PER_PARAMETER
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > available:

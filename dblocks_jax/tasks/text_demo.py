@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dblocks_jax.models.blueprint import Blueprint, Params
-from dblocks_jax.run.errors import NOT_FINITE, Diverged, UserError
+from dblocks_jax.run.errors import NOT_FINITE, Diverged
 from dblocks_jax.tasks.demo import LARGEST_NUMBER, Demo, Frame, Wanted, text_of, whole_number
 from dblocks_jax.tasks.text import TextCard
 from dblocks_jax.tasks.text_order import InOrder
+from dblocks_jax.tasks.text_writing import least_prompt, read_prompt
 
 LIKELIEST = 5  # tokens that are told
 FIRST_LENGTH = 40  # tokens of the text when the page opens
@@ -25,14 +26,8 @@ def demo(task: InOrder, blueprint: Blueprint, params: dict[str, Params], test: A
     card, vocabulary, write = task.card, task.card.vocabulary, task.writer(blueprint)
 
     def answer(wanted: Wanted) -> Iterator[Frame]:
-        prompt = vocabulary.encode(text_of(wanted, "text"))
+        prompt = read_prompt(text_of(wanted, "text"), card, if_empty="write some")
         samples = np.array([whole_number(wanted, "number", 0, LARGEST_NUMBER)], np.int32)
-        if not len(prompt):
-            raise UserError("the text is empty: write some")
-        if len(prompt) >= card.length:
-            raise UserError(
-                f"the text has {len(prompt)} tokens, and with what follows the model sees {card.length}: shorten it"
-            )
         count, written = card.length - len(prompt), []
         for token, logits in write(params, jnp.asarray(prompt[None]), count, jnp.asarray(samples)):
             probabilities = np.asarray(jax.nn.softmax(logits[0]))
@@ -54,7 +49,7 @@ def demo(task: InOrder, blueprint: Blueprint, params: dict[str, Params], test: A
 
 
 def first_text(card: TextCard, test: Any) -> str:
-    """What stands there when the page opens: how the test text begins, or without it a space or the first symbol."""
+    """What stands there when the page opens: how the test text begins, or without it what every text may begin with."""
     if test is not None:
         return card.vocabulary.decode(test.take(np.zeros(1, int))["tokens"][0, : min(FIRST_LENGTH, card.length // 2)])
-    return " " if " " in card.vocabulary.symbols or card.vocabulary.kind == "bpe" else card.vocabulary.symbols[0]
+    return least_prompt(card)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -13,6 +14,7 @@ from dblocks_jax.models.blueprint import Blueprint
 from dblocks_jax.run.devices import to_device
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.streams import stream
+from dblocks_jax.tasks.text import TextCard
 
 # (parameters by part, the tokens before, how many to write, number of each sample) -> after each token: it, its logits
 Writer = Callable[..., Iterator[tuple[Int[Array, " b"], Float[Array, "b v"]]]]
@@ -51,6 +53,28 @@ def make_choose(config: ConfigDict) -> Choose:
         return choose_token(keys_of(seed, "text", samples, position), logits, temperature, top_p)
 
     return jax.jit(choose)
+
+
+def read_prompt(text: str, card: TextCard, *, if_empty: str) -> Int[np.ndarray, " t"]:
+    """The tokens of a text that is to be gone on from.
+
+    Raises:
+      UserError: it is empty, and `if_empty` says what to do; too long; or holds what the model does not know.
+    """
+    prompt = card.vocabulary.encode(text)
+    if not len(prompt):
+        raise UserError(f"the text is empty: {if_empty}")
+    if len(prompt) >= card.length:
+        raise UserError(
+            f"the text has {len(prompt)} tokens, and with what follows the model sees {card.length}: shorten it"
+        )
+    return prompt
+
+
+def least_prompt(card: TextCard) -> str:
+    """What a text begins with where none is given: a space, where the model knows one, else its first symbol."""
+    vocabulary = card.vocabulary
+    return " " if " " in vocabulary.symbols or vocabulary.kind == "bpe" else vocabulary.symbols[0]
 
 
 def checked(write: Writer) -> Writer:

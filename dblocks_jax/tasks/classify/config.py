@@ -47,7 +47,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             "block_parallel, train_blocks, grow_at and begin_from are of DiffusionBlocks: the plain model has no blocks"
         )
-    check_fits_host(config, weights_of_transformer(config))
+    check_fits_host(config, weights_of_transformer(config), num_blocks(config))
 
 
 def num_blocks(config: ConfigDict) -> int:

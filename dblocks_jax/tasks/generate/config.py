@@ -46,7 +46,7 @@ def check(config: ConfigDict) -> None:
     if config.dataset == LATENTS and (config.flip or config.crop_padding):
         raise UserError("latents cannot be cropped or flipped: set flip=False and crop_padding=0")
     check_noise(config)
-    check_fits_host(config, images.weights_of_transformer(config))
+    check_fits_host(config, images.weights_of_transformer(config), num_blocks(config))
 
 
 def num_blocks(config: ConfigDict) -> int:

@@ -34,7 +34,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"gamma must lie in [0, 0.5], not {config.gamma}")
     check_divides(config, "num_blocks", "num_layers")
     text.check_rotary(config)
-    check_fits_host(config, text.weights_of_transformer(config))
+    check_fits_host(config, text.weights_of_transformer(config), config.num_blocks)
 
 
 def describe(config: ConfigDict) -> str:

@@ -39,7 +39,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"sharing={config.sharing} is of several blocks: here there is one")
     if config.model_type == "dblock":
         check_noise(config)
-    check_fits_host(config, text.weights_of_transformer(config))
+    check_fits_host(config, text.weights_of_transformer(config), num_blocks(config))
 
 
 def num_blocks(config: ConfigDict) -> int:
