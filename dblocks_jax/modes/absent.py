@@ -1,6 +1,8 @@
 """What a training step needs on devices that are not here: the compiler's estimate, without a driver or a device."""
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from dblocks_jax.modes.fitting import smallest_that_fits, which_fit
 from dblocks_jax.modes.memory import MIB, what_comes_on_top
 from dblocks_jax.modes.program import ROWS, bytes_on_device, total_bytes, variant, wanted_step
 from dblocks_jax.run.errors import brief
-from dblocks_jax.run.targets import Target, check_compilers, compilers, devices_of
+from dblocks_jax.run.targets import Target, check_compilers, compiler_options, compilers, devices_of
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import check_config, rest_off_device
@@ -68,10 +70,7 @@ def absent_table(config: ConfigDict, targets: Sequence[Target], *, gib: float | 
     for target in targets:  # what cannot be shared out is told before minutes of compilation
         for each in variants.values():
             wanted_step(entry, each, card, devices[target.name])
-    rows = {
-        target.name: {name: estimate(entry, each, card, devices[target.name]) for name, each in variants.items()}
-        for target in targets
-    }
+    rows = _estimates(entry, variants, card, devices)
     versions = compilers(targets)
     print(format_estimates(config, targets, rows, versions))
     result: dict[str, Any] = {"mode": "memory", "estimated_by": versions, "targets": {}}
@@ -97,6 +96,20 @@ def absent_table(config: ConfigDict, targets: Sequence[Target], *, gib: float | 
     return result
 
 
+def _estimates(
+    entry: Entry, variants: dict[str, ConfigDict], card: Any, devices: dict[str, Sequence[Any]]
+) -> dict[str, dict[str, Estimate | str]]:
+    """Every row of every target; as many are compiled at once as there are cores."""
+    wanted = [(target, name) for target in devices for name in variants]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        found = pool.map(lambda each: estimate(entry, variants[each[1]], card, devices[each[0]]), wanted)
+        rows = dict(zip(wanted, found, strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, or Ctrl-C, no others begin
+    return {target: {name: rows[target, name] for name in variants} for target in devices}
+
+
 def estimate(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any]) -> Estimate | str:
     """Compile the step that training would run on `devices`, and read the account; or why it is refused: it is too big.
 
@@ -105,7 +118,7 @@ def estimate(entry: Entry, config: ConfigDict, card: Any, devices: Sequence[Any]
     """
     wanted = wanted_step(entry, config, card, devices)
     try:
-        compiled = wanted.compile()
+        compiled = wanted.lower().compile(compiler_options(devices))
     except jax.errors.JaxRuntimeError as error:
         if REFUSED not in str(error):
             raise

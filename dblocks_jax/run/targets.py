@@ -49,6 +49,16 @@ OF_EVERY_GPU = {
     "registers_per_core_limit": 2**16,
     "shared_memory_per_block": 48 * 2**10,
 }
+# By platform as devices name it. Compilers spend most of their time on what changes no size: making and comparing
+# variants of each kernel, which without a device end with the first anyway, and the last optimisations of machine code.
+OPTIONS = {
+    "gpu": {
+        "xla_gpu_autotune_level": 0,
+        "xla_gpu_disable_gpuasm_optimizations": True,
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    }
+}
 # What is taken for granted of the machine that the program will run on.
 DRIVER, TOOLKIT, CUDNN = "13.0.0", "12.9.0", (9, 10, 0)
 
@@ -167,6 +177,11 @@ def devices_of(target: Target) -> Sequence[Any]:
         return topologies.get_topology_desc(**about).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"the compiler knows no target {target.name} ({brief(error)})") from error
+
+
+def compiler_options(devices: Sequence[Any]) -> dict[str, Any]:
+    """What spares a compiler work that no estimate needs."""
+    return OPTIONS.get(devices[0].platform, {})
 
 
 def describe_gpu(about: Mapping[str, Any]) -> str:
