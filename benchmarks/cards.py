@@ -49,6 +49,16 @@ def get_config(name: str) -> ConfigDict:
     return config
 
 
+def card_of(config: ConfigDict) -> Any:
+    """What a model must know of its data; of latents, which are a user's own, as ImageNet's at 256 pixels are."""
+    from dblocks_jax.data.datasets import Card
+    from dblocks_jax.tasks.table import entry_of
+
+    if config.dataset == "latents":
+        return Card(tuple(map(str, range(1000))), (32, 32, 4), (0.0,) * 4, (1.0,) * 4)
+    return entry_of(config).card_without_data(config)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}")
@@ -64,7 +74,7 @@ def main(argv: list[str]) -> None:
         for name in NAMES.value:
             config = get_config(name)
             entry = entry_of(config)
-            card = entry.card_without_data(config)
+            card = card_of(config)
             of_plain = None
             for count in (0, *map(int, BLOCKS.value)):
                 each = variant(entry, config, plain=not count, remat=REMAT.value, num_blocks=count or None)

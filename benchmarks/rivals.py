@@ -2,11 +2,11 @@
 
     python benchmarks/rivals.py --config=configs/dit_digits.py [--repeats=7] [--target=h100]
 
-The rows: plain; plain with gradient checkpointing (remat); short, a plain network of one block's depth; coordinate AdamW
-(`benchmarks/block_coordinate.py`); DiffusionBlocks without and with remat. Memory in MiB by XLA's account, idle blocks
-on the host; of block coordinates the worst block's. Times are medians over `repeats` turns in which every row has one
-step (block coordinates one of each block, of which the mean counts). With `--target` also that card's total, by its
-compiler, which is estimated and not measured. Scores: `benchmarks/arms.py` and `benchmarks/block_coordinate.py`.
+The rows: plain; plain with gradient checkpointing (remat); short, a plain network of one block's depth; block-wise
+AdamW (`benchmarks/block_coordinate.py`); DiffusionBlocks without and with remat. Memory in MiB by XLA's account, idle
+blocks on the host; of block coordinates the worst block's. Times are medians over `repeats` turns in which every row
+has one step (block coordinates one of each block, of which the mean counts). With `--target` also that card's total, by
+its compiler, which is estimated and not measured. Scores: `benchmarks/arms.py` and `benchmarks/block_coordinate.py`.
 """
 
 import json

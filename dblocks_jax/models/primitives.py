@@ -59,14 +59,28 @@ def _kernel_first(saved, grad):
     """(grad, gradient of the kernel): the second is computed before the first can be used."""
     x, kernel = saved
     grad, x = once(grad, x)
-    rows = tuple(range(x.ndim - 1))
     # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
     x_is_narrower = kernel.shape[0] <= kernel.shape[1]
     left, right = (x, grad) if x_is_narrower else (grad, x)
-    product = jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+    product = _sum_over_rows(left, right, kernel.dtype)
     # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
     grad, product = jax.lax.optimization_barrier((grad, product))
     return grad, product if x_is_narrower else product.T
+
+
+def _sum_over_rows(left: Float[Array, "*b i"], right: Float[Array, "*b o"], dtype: Any) -> Float[Array, "i o"]:
+    """The sum over all rows of left[row] right[row]^T."""
+
+    def product(left, right):
+        rows = tuple(range(left.ndim - 1))
+        return jax.lax.dot_general(left, right, ((rows, rows), ((), ())), preferred_element_type=dtype)
+
+    def of_transposed(left, right):
+        # Behind the barrier it is a product as any other. With the transposition in it XLA has a slow routine alone.
+        columns = jax.lax.optimization_barrier(left.reshape(-1, left.shape[-1]).T)
+        return jnp.matmul(columns, right.reshape(-1, right.shape[-1]), preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(left, right, cpu=of_transposed, default=product)
 
 
 affine.defvjp(lambda x, kernel, bias: (affine(x, kernel, bias), (x, kernel)), affine_backward)
