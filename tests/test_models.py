@@ -1,5 +1,7 @@
 """Both transformers: sizes, initial behaviour and invariances."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +225,20 @@ def test_the_dense_layers_own_backward_pass(inputs, outputs, key):
 
     for ours, theirs in zip(cubed(affine), cubed(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA for CPUs makes of it")
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 128), (128, 16)])
+def test_no_product_of_the_backward_pass_is_over_the_rows_of_its_left_operand(inputs, outputs):
+    """For such products XLA for CPUs has a slow routine alone, which its own choice of layout would take."""
+    x, kernel, bias = jnp.ones((256, inputs)), jnp.ones((inputs, outputs)), jnp.ones(outputs)
+
+    def gradients(x, kernel, bias):
+        return jax.grad(lambda *args: jnp.sum(affine(*args) ** 2), (0, 1, 2))(x * 2, kernel, bias)
+
+    program = jax.jit(gradients).lower(x, kernel, bias).compile().as_text()
+    products = re.findall(r"lhs_contracting_dims={([0-9,]*)}", program)
+    assert len(products) == 3 and set(products) == {"1"}
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
