@@ -1,4 +1,4 @@
-"""The DiT's MLP and attention, which go backward in parts: derivatives are those of the whole, memory is not."""
+"""MLPs and attention, which go backward in parts: derivatives are those of the whole, memory is not."""
 
 import math
 from functools import partial
@@ -11,25 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dblocks_jax.models import chunks
-from dblocks_jax.models.chunks import chunk_size, mlp_by_chunks, over_tokens, self_attend
+from dblocks_jax.models.chunks import chunk_size, mlp_by_units, over_tokens, self_attend, unit_parts
+from dblocks_jax.models.primitives import gelu, gelu_tanh
 
 # (bytes of a chunk, samples, tokens, heads): everything at once, some of it at a time, one after the other.
-CUTS = [(2**25, 2, 6, 4), (512, 2, 6, 4), (1, 5, 9, 3)]
+CUTS = [(2**25, 2, 6, 4), (600, 2, 6, 4), (1, 5, 9, 3)]
+mlp = partial(mlp_by_units, gelu_tanh)
 
 
 def mlp_inputs(key, samples: int, tokens: int, dtype="float32"):
-    shapes = (samples, tokens, 5), (5, 8), (8,), (8, 5), (5,)
+    shapes = (samples * tokens, 5), (5, 24), (24,), (24, 5), (5,)
     x, *params = (jax.random.normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes))
     return x.astype(dtype), *params
 
 
-def plain_mlp(x, kernel_1, bias_1, kernel_2, bias_2):
-    return jax.nn.gelu(x @ kernel_1 + bias_1[None, None], approximate=True) @ kernel_2 + bias_2[None, None]
+def plain_mlp(x, kernel_1, bias_1, kernel_2, bias_2, approximate=True):
+    return jax.nn.gelu(x @ kernel_1 + bias_1[None], approximate=approximate) @ kernel_2 + bias_2[None]
 
 
-def plain_attention(qkv):
+def plain_attention(qkv, keep=None, rate=0.0):
     q, k, v = jnp.moveaxis(qkv, 2, 0)
     probs = jax.nn.softmax(jnp.einsum("bqhw,bthw->bhqt", q, k) / math.sqrt(qkv.shape[-1]), axis=-1)
+    if keep is not None:
+        probs = jnp.where(keep, probs / (1 - rate), 0.0)
     return jnp.einsum("bhqt,bthw->bqhw", probs, v)
 
 
@@ -52,9 +56,22 @@ def assert_same_as_in_float64(ours, plain, *args):
 @pytest.mark.parametrize(("bytes_of_chunk", "samples", "tokens", "heads"), CUTS)
 def test_gradients_are_those_of_the_whole(bytes_of_chunk, samples, tokens, heads, key, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", bytes_of_chunk)
-    assert_same_as_in_float64(mlp_by_chunks, plain_mlp, *mlp_inputs(key, samples, tokens))
+    assert_same_as_in_float64(mlp, plain_mlp, *mlp_inputs(key, samples, tokens))
     qkv = jax.random.normal(key, (samples, tokens, 3, heads, 5))
     assert_same_as_in_float64(self_attend, plain_attention, qkv)
+
+
+def test_gradients_of_the_vision_transformers_are_those_of_the_whole(key, monkeypatch):
+    """The exact GELU, and dropout on probabilities; two heads at a time."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 600)
+    exact = partial(mlp_by_units, gelu), partial(plain_mlp, approximate=False)
+    assert_same_as_in_float64(*exact, *mlp_inputs(key, 2, 6))
+    qkv, keep = jax.random.normal(key, (2, 6, 3, 4, 5)), jax.random.bernoulli(key, 0.7, (2, 4, 6, 6))
+
+    def attend(function):
+        return lambda qkv: function(qkv, keep, 0.3)
+
+    assert_same_as_in_float64(attend(self_attend), attend(plain_attention), qkv)
 
 
 def test_what_layers_keep_for_the_backward_pass_is_not_written_over(key, monkeypatch):
@@ -67,18 +84,18 @@ def test_what_layers_keep_for_the_backward_pass_is_not_written_over(key, monkeyp
         return (mlp(x, *params) + mlp(mlp(x, *params), *params) + x) * jnp.sum(attend(qkv) * qkv[:, :, 1])
 
     assert_same_as_in_float64(
-        partial(twice, mlp_by_chunks, self_attend), partial(twice, plain_mlp, plain_attention), args[0], qkv, *args[1:]
+        partial(twice, mlp, self_attend), partial(twice, plain_mlp, plain_attention), args[0], qkv, *args[1:]
     )
 
 
 @pytest.mark.long
 def test_in_bfloat16_parts_are_summed_in_float32(key, monkeypatch):
-    """A sum of 256 parts in bfloat16 would stop growing; the gradients of parameters keep their eight bits."""
+    """Sums over 512 rows in bfloat16 would stop growing; the gradients of parameters keep their eight bits."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     args = mlp_inputs(key, 2, 256, "bfloat16")
     wide = [np.asarray(array, np.float32) for array in args]
     loss = lambda mlp, *args: jnp.sum(mlp(*args).astype(jnp.float32))  # noqa: E731
-    ours = jax.grad(partial(loss, mlp_by_chunks), argnums=(0, 1, 2, 3, 4))(*args)
+    ours = jax.grad(partial(loss, mlp), argnums=(0, 1, 2, 3, 4))(*args)
     exact = jax.grad(partial(loss, plain_mlp), argnums=(0, 1, 2, 3, 4))(*wide)
     assert [grad.dtype for grad in ours] == [jnp.bfloat16] + [jnp.float32] * 4
     np.testing.assert_array_equal(ours[4], np.full(5, 512.0))  # each of 2 x 256 tokens adds 1
@@ -109,12 +126,12 @@ def temporaries(function, *shapes) -> int:
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("function", [mlp_by_chunks, self_attend])
+@pytest.mark.parametrize("function", [mlp, self_attend])
 def test_wide_arrays_exist_in_parts_only(function, monkeypatch):
     """The activation and its gradients, the probabilities and their gradient: an eighth of each at a time."""
     b, t, d, m, h = 4, 128, 8, 256, 8
-    of_mlp = function is mlp_by_chunks
-    shapes = ((b, t, d), (d, m), (m,), (m, d), (d,)) if of_mlp else ((b, t, 3, h, 4),)
+    of_mlp = function is mlp
+    shapes = ((b * t, d), (d, m), (m,), (m, d), (d,)) if of_mlp else ((b, t, 3, h, 4),)
     wide = 4 * (b * t * m if of_mlp else b * h * t * t)
     whole = temporaries(function, *shapes)
     assert whole >= wide
@@ -129,3 +146,13 @@ def test_a_chunk_divides_and_is_as_large_as_it_may_be(length, one):
     assert size == 1 or size * one <= chunks.CHUNK_BYTES
     larger = [s for s in range(size + 1, length + 1) if length % s == 0]
     assert all(s * one > chunks.CHUNK_BYTES for s in larger)
+
+
+@given(width=st.integers(1, 4000), one=st.integers(1, 2**27))
+def test_an_mlp_is_cut_into_as_few_parts_as_fit(width, one):
+    count = unit_parts(width, one)
+    assert width % count == 0 and count <= chunks.MOST_PARTS
+    fewer = [c for c in range(1, count) if width % c == 0]
+    assert all(width // c * one > chunks.CHUNK_BYTES for c in fewer)
+    more = [c for c in range(count + 1, chunks.MOST_PARTS + 1) if width % c == 0]
+    assert width // count * one <= chunks.CHUNK_BYTES or not more

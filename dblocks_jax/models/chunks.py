@@ -1,16 +1,17 @@
-"""What is trained with less memory: an MLP, self-attention and readouts go backward some tokens or heads at a time.
+"""What is trained with less memory: MLPs, self-attention and readouts go backward some units, heads, tokens at a time.
 
 So what is as wide as the MLP, or as large as the attention probabilities, exists for a part only. What does not depend
 on the number of layers weighs most in a block of few. Batches are never cut: they may be split over devices.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from dblocks_jax.models.primitives import (
     ATTENDED,
@@ -19,17 +20,23 @@ from dblocks_jax.models.primitives import (
     affine_backward,
     attend,
     attend_backward,
-    gelu_tanh,
     once,
 )
 
-CHUNK_BYTES = 2**25  # of a part of a wide array, counted in float32: enough to keep a device busy
+CHUNK_BYTES = 2**24  # of a part of a wide array, counted in float32: enough to keep a device busy
+MOST_PARTS = 8  # of an MLP, each of which reads the input and the gradient again
 
 
 def chunk_size(length: int, bytes_of_one: int) -> int:
     """The largest divisor of `length` of which no chunk is larger than CHUNK_BYTES; 1 if there is none."""
     sizes = (size for size in range(length, 1, -1) if length % size == 0)
     return next((size for size in sizes if size * bytes_of_one <= CHUNK_BYTES), 1)
+
+
+def unit_parts(width: int, bytes_of_one: int) -> int:
+    """Into how many parts an MLP's `width` hidden units are cut: as few as CHUNK_BYTES allows, or as many as may be."""
+    counts = [count for count in range(1, MOST_PARTS + 1) if width % count == 0]
+    return next((count for count in counts if width // count * bytes_of_one <= CHUNK_BYTES), counts[-1])
 
 
 def loop(count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
@@ -52,88 +59,104 @@ def over_tokens(function: Callable[..., Any], bytes_of_token: int, *arrays: Shap
     return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, t, *array.shape[3:]), found)
 
 
-@jax.custom_vjp
-def mlp_by_chunks(
-    x: Float[Array, "b t d"],
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mlp_by_units(
+    activation: Callable[[Array], Array],
+    x: Float[Array, "n d"],
     kernel_1: Float[Array, "d m"],
     bias_1: Float[Array, " m"],
     kernel_2: Float[Array, "m d"],
     bias_2: Float[Array, " d"],
-) -> Float[Array, "b t d"]:
-    """gelu_tanh(x kernel_1 + bias_1) kernel_2 + bias_2; in training some tokens of every sample at a time."""
-    return affine(gelu_tanh(affine(x, kernel_1, bias_1)), kernel_2, bias_2)
+) -> Float[Array, "n d"]:
+    """activation(x kernel_1 + bias_1) kernel_2 + bias_2; in training some of the m hidden units at a time."""
+    return affine(activation(affine(x, kernel_1, bias_1)), kernel_2, bias_2)
 
 
-def _mlp_forward(x, kernel_1, bias_1, kernel_2, bias_2):
-    b, t, d = x.shape
-    wide = affine(x.reshape(b * t, d), kernel_1, bias_1).reshape(b, t, -1)
-    wide = checkpoint_name(wide, DENSE_OUTPUT)
-    size = chunk_size(t, b * kernel_1.shape[1] * 4)
+def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
+    wide = checkpoint_name(affine(x, kernel_1, bias_1), DENSE_OUTPUT)
+    saved = (x, wide, kernel_1, kernel_2)
+    count = unit_parts(kernel_1.shape[1], len(x) * 4)
+    if count == 1:
+        return affine(activation(wide), kernel_2, bias_2), saved
+    wide, bias_2 = once(wide, bias_2)  # else the sum's beginning would be written too early
 
     def body(i, out):
-        wide_i = jax.lax.dynamic_slice_in_dim(wide, i * size, size, axis=1)
-        out_i = affine(gelu_tanh(wide_i.reshape(b * size, -1)), kernel_2, bias_2)
-        return jax.lax.dynamic_update_slice_in_dim(out, out_i.reshape(b, size, d), i * size, axis=1)
+        wide_i, kernel_2_i = _part(wide, i, count, axis=1), _part(kernel_2, i, count, axis=0)
+        return out + jnp.matmul(activation(wide_i), kernel_2_i.astype(x.dtype), preferred_element_type=out.dtype)
 
-    # Outputs take the place of inputs, which nothing needs any more: zeros would be made too early.
-    return loop(t // size, body, x), (x, wide, kernel_1, kernel_2)
+    out = jax.lax.fori_loop(0, count, body, jnp.broadcast_to(bias_2, x.shape))
+    return out.astype(x.dtype), saved
 
 
-def _mlp_backward(saved, grad):
+def _mlp_backward(activation, saved, grad):
     x, wide, kernel_1, kernel_2 = saved
     grad, x = once(grad, x)
-    b, t, d = x.shape
-    size = chunk_size(t, b * kernel_1.shape[1] * 4)
+    count = unit_parts(kernel_1.shape[1], len(x) * 4)
+    grad_bias_2 = jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
 
-    def body(i, carry):
-        grad, sums = carry
-        x_i, wide_i, grad_i = (
-            jax.lax.dynamic_slice_in_dim(array, i * size, size, axis=1).reshape(b * size, -1)
-            for array in (x, wide, grad)
-        )
-        activated, through_gelu = jax.vjp(gelu_tanh, wide_i)
-        grad_activated, *of_output = affine_backward((activated, kernel_2), grad_i)
-        grad_x, *of_input = affine_backward((x_i, kernel_1), *through_gelu(grad_activated))
-        sums = jax.tree.map(jnp.add, sums, (*of_input, *of_output))
-        # Gradients take the place of what they were computed from.
-        return jax.lax.dynamic_update_slice_in_dim(grad, grad_x.reshape(b, size, d), i * size, axis=1), sums
+    def of_part(wide, kernel_1, kernel_2):
+        activated, through_activation = jax.vjp(activation, wide)
+        grad_activated, grad_kernel_2, _ = affine_backward((activated, kernel_2), grad)
+        return *affine_backward((x, kernel_1), *through_activation(grad_activated)), grad_kernel_2
 
-    shapes = (kernel_1.shape, kernel_1.shape[1:], kernel_2.shape, kernel_2.shape[1:])
+    if count == 1:
+        return *of_part(wide, kernel_1, kernel_2), grad_bias_2
+
+    def body(i, sums):
+        grad_x, *grads = sums
+        found = of_part(*(_part(whole, i, count, axis) for whole, axis in ((wide, 1), (kernel_1, 1), (kernel_2, 0))))
+        placed = [
+            jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
+            for whole, part, axis in zip(grads, found[1:], (1, 0, 0), strict=True)
+        ]
+        return grad_x + found[0], *placed
+
+    shapes = (x.shape, kernel_1.shape, kernel_1.shape[1:], kernel_2.shape)
     zeros = tuple(once(grad, jnp.zeros(shape, kernel_1.dtype))[1] for shape in shapes)
-    grad_x, sums = loop(t // size, body, (grad, zeros))
-    return grad_x, *sums
+    grad_x, *grads = jax.lax.fori_loop(0, count, body, zeros)
+    return grad_x.astype(x.dtype), *grads, grad_bias_2
 
 
-mlp_by_chunks.defvjp(_mlp_forward, _mlp_backward)
+def _part(whole: Array, i: Any, count: int, axis: int) -> Array:
+    size = whole.shape[axis] // count
+    return jax.lax.dynamic_slice_in_dim(whole, i * size, size, axis)
 
 
-@jax.custom_vjp
-def self_attend(qkv: Float[Array, "b t 3 h w"]) -> Float[Array, "b t h w"]:
-    """`attend` among the same tokens, without dropout; the backward pass takes some heads at a time."""
+mlp_by_units.defvjp(_mlp_forward, _mlp_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def self_attend(
+    qkv: Float[Array, "b t 3 h w"], keep: Bool[Array, "b h t t"] | None = None, rate: float = 0.0
+) -> Float[Array, "b t h w"]:
+    """`attend` among the same tokens; the backward pass takes some heads at a time."""
     q, k, v = (qkv[:, :, i] for i in range(3))
-    return attend(q, k, v, None, 0.0)
+    return attend(q, k, v, keep, rate)
 
 
-def _self_attend_forward(qkv):
-    attended = checkpoint_name(self_attend(qkv), ATTENDED)
-    return attended, (qkv, attended)
+def _self_attend_forward(qkv, keep, rate):
+    attended = checkpoint_name(self_attend(qkv, keep, rate), ATTENDED)
+    return attended, (qkv, keep, attended)
 
 
-def _self_attend_backward(saved, grad):
-    qkv, attended = saved
+def _self_attend_backward(rate, saved, grad):
+    qkv, keep, attended = saved
     grad, qkv = once(grad, qkv)
     grad, attended = once(grad, attended)
     b, t, _, h, _ = qkv.shape
     size = chunk_size(h, b * t * t * 4)
 
     def body(i, qkv):
-        qkv_i = jax.lax.dynamic_slice_in_dim(qkv, i * size, size, axis=3)
+        def mine(whole, axis):
+            return jax.lax.dynamic_slice_in_dim(whole, i * size, size, axis)
+
+        qkv_i = mine(qkv, 3)
         q, k, v = (qkv_i[:, :, part] for part in range(3))
-        attended_i, grad_i = (jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=2) for x in (attended, grad))
-        *grads, _ = attend_backward(0.0, (q, k, v, None, attended_i), grad_i)
+        keep_i = None if keep is None else mine(keep, 1)
+        *grads, _ = attend_backward(rate, (q, k, v, keep_i, mine(attended, 2)), mine(grad, 2))
         return jax.lax.dynamic_update_slice_in_dim(qkv, jnp.stack(grads, axis=2), i * size, axis=3)
 
-    return (loop(h // size, body, qkv),)
+    return loop(h // size, body, qkv), None
 
 
 self_attend.defvjp(_self_attend_forward, _self_attend_backward)

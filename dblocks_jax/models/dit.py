@@ -13,7 +13,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dblocks_jax.models.chunks import mlp_by_chunks, self_attend
+from dblocks_jax.models.chunks import mlp_by_units, self_attend
 from dblocks_jax.models.conditioned import ConditionedBlock, gated_branches, make_parts
 from dblocks_jax.models.layers import (
     MAX_PERIOD,
@@ -24,6 +24,7 @@ from dblocks_jax.models.layers import (
 from dblocks_jax.models.primitives import (
     DENSE_OUTPUT,
     Linear,
+    gelu_tanh,
     init_weights,
     init_xavier,
     init_zeros,
@@ -151,8 +152,9 @@ class DiTMlp(nnx.Module):
         self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init_xavier, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
-        return checkpoint_name(mlp_by_chunks(x.astype(self.dtype), *params), DENSE_OUTPUT)
+        return checkpoint_name(mlp_by_units(gelu_tanh, rows, *params), DENSE_OUTPUT).reshape(x.shape)
 
 
 class DiTLayer(nnx.Module):

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
+from dblocks_jax.models.chunks import mlp_by_units, self_attend
 from dblocks_jax.models.primitives import (
+    DENSE_OUTPUT,
     KEPT,
     LayerNorm,
     Linear,
@@ -107,14 +110,16 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q d"]:
         """What each token reads from all tokens; with `first_only` what the first one reads (q = 1)."""
         b, t, d = x.shape
+        heads, rate = (self.num_heads, d // self.num_heads), self.dropout_rate
         if first_only:
-            q = self.query_key_value(x[:, :1], slice(0, d))
-            k, v = jnp.split(self.query_key_value(x, slice(d, None)), 2, axis=-1)
+            q = self.query_key_value(x[:, :1], slice(0, d)).reshape(b, 1, *heads)
+            k, v = jnp.moveaxis(self.query_key_value(x, slice(d, None)).reshape(b, t, 2, *heads), 2, 0)
+            keep = draw_kept(rate, key, (b, self.num_heads, 1, t), after=q)
+            attended = attend(q, k, v, keep, rate)
         else:
-            q, k, v = jnp.split(self.query_key_value(x), 3, axis=-1)
-        q, k, v = (array.reshape(b, -1, self.num_heads, d // self.num_heads) for array in (q, k, v))
-        keep = draw_kept(self.dropout_rate, key, (b, self.num_heads, q.shape[1], t), after=q)
-        attended = attend(q, k, v, keep, self.dropout_rate)
+            qkv = self.query_key_value(x).reshape(b, t, 3, *heads)
+            keep = draw_kept(rate, key, (b, self.num_heads, t, t), after=qkv)
+            attended = self_attend(qkv, keep, rate)
         return self.output(attended.reshape(b, -1, d))
 
 
@@ -122,13 +127,15 @@ class Mlp(nnx.Module):
     """Dense, the exact GELU, dense."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
         self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
-        rows = x.reshape(-1, x.shape[-1])
-        return self.output(gelu(self.intermediate(rows))).reshape(x.shape)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
+        return checkpoint_name(mlp_by_units(gelu, rows, *params), DENSE_OUTPUT).reshape(x.shape)
 
 
 class Layer(nnx.Module):
