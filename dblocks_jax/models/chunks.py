@@ -18,6 +18,7 @@ from dblocks_jax.models.primitives import (
     DENSE_OUTPUT,
     affine,
     affine_backward,
+    affine_weights_backward,
     attend,
     attend_backward,
     once,
@@ -94,27 +95,29 @@ def _mlp_backward(activation, saved, grad):
     count = unit_parts(kernel_1.shape[1], len(x) * 4)
     grad_bias_2 = jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
 
-    def of_part(wide, kernel_1, kernel_2):
+    def of_units(wide, kernel_2):
+        """The gradients of these hidden units, and of their weights: (units, kernel_1, bias_1, kernel_2)."""
         activated, through_activation = jax.vjp(activation, wide)
         grad_activated, grad_kernel_2, _ = affine_backward((activated, kernel_2), grad)
-        return *affine_backward((x, kernel_1), *through_activation(grad_activated)), grad_kernel_2
+        (grad_wide,) = through_activation(grad_activated)
+        return *affine_weights_backward(x, grad_wide, kernel_1.dtype), grad_kernel_2
+
+    def body(i, carry):
+        """Gradients take the place of the units that they are of."""
+        wide, *grads = carry
+        found = of_units(_part(wide, i, count, axis=1), _part(kernel_2, i, count, axis=0))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
+            for whole, part, axis in zip((wide, *grads), found, (1, 1, 0, 0), strict=True)
+        )
 
     if count == 1:
-        return *of_part(wide, kernel_1, kernel_2), grad_bias_2
-
-    def body(i, sums):
-        grad_x, *grads = sums
-        found = of_part(*(_part(whole, i, count, axis) for whole, axis in ((wide, 1), (kernel_1, 1), (kernel_2, 0))))
-        placed = [
-            jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
-            for whole, part, axis in zip(grads, found[1:], (1, 0, 0), strict=True)
-        ]
-        return grad_x + found[0], *placed
-
-    shapes = (x.shape, kernel_1.shape, kernel_1.shape[1:], kernel_2.shape)
-    zeros = tuple(once(grad, jnp.zeros(shape, kernel_1.dtype))[1] for shape in shapes)
-    grad_x, *grads = jax.lax.fori_loop(0, count, body, zeros)
-    return grad_x.astype(x.dtype), *grads, grad_bias_2
+        grad_wide, *grads = of_units(wide, kernel_2)
+    else:
+        shapes = (kernel_1.shape, kernel_1.shape[1:], kernel_2.shape)
+        zeros = tuple(once(grad, jnp.zeros(shape, kernel_1.dtype))[1] for shape in shapes)
+        grad_wide, *grads = jax.lax.fori_loop(0, count, body, (wide, *zeros))
+    return grad_wide @ kernel_1.T.astype(x.dtype), *grads, grad_bias_2
 
 
 def _part(whole: Array, i: Any, count: int, axis: int) -> Array:

@@ -49,20 +49,23 @@ def affine(x: Float[Array, "*b i"], kernel: Float[Array, "i o"], bias: Float[Arr
 
 def affine_backward(saved, grad):
     """(gradient of x, of the kernel, of the bias) from saved = (x, kernel)."""
-    grad, grad_kernel = _kernel_first(saved, grad)
     x, kernel = saved
-    grad_bias = jnp.sum(grad, axis=tuple(range(x.ndim - 1)), dtype=kernel.dtype)
+    grad, grad_kernel, grad_bias = affine_weights_backward(x, grad, kernel.dtype)
     return grad @ kernel.T.astype(x.dtype), grad_kernel, grad_bias
 
 
-def _kernel_first(saved, grad):
-    """(grad, gradient of the kernel): the second is computed before the first can be used."""
-    x, kernel = saved
+def affine_weights_backward(x, grad, dtype):
+    """(grad, gradient of the kernel, of the bias): the second is computed before the first can be used."""
+    grad, grad_kernel = _kernel_first(x, grad, dtype)
+    return grad, grad_kernel, jnp.sum(grad, axis=tuple(range(x.ndim - 1)), dtype=dtype)
+
+
+def _kernel_first(x, grad, dtype):
     grad, x = once(grad, x)
     # A CPU transposes the left operand in memory, so that is the narrower one; the product is small either way.
-    x_is_narrower = kernel.shape[0] <= kernel.shape[1]
+    x_is_narrower = x.shape[-1] <= grad.shape[-1]
     left, right = (x, grad) if x_is_narrower else (grad, x)
-    product = _sum_over_rows(left, right, kernel.dtype)
+    product = _sum_over_rows(left, right, dtype)
     # First the kernel's gradient, which is the last to need x, then the gradient that is as large as x.
     grad, product = jax.lax.optimization_barrier((grad, product))
     return grad, product if x_is_narrower else product.T
@@ -94,8 +97,8 @@ def project(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array
 
 def project_backward(saved, grad):
     """(gradient of x, of the kernel) from saved = (x, kernel)."""
-    grad, grad_kernel = _kernel_first(saved, grad)
     x, kernel = saved
+    grad, grad_kernel = _kernel_first(x, grad, kernel.dtype)
     return grad @ kernel.T.astype(x.dtype), grad_kernel
 
 
