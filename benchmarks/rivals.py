@@ -96,8 +96,13 @@ def _coordinate(
     part = jax.eval_shape(lambda params: new_part(params, averaged=bool(plain.ema_decay)), active)
     numbers = (jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32))
     given = replicated((part, others, task.batch_shapes(config.batch_size), *numbers), mesh)
+    one_step = make_step(plain, task, blueprint)
+
+    def step(*given):
+        return one_step(*given), ()  # as the trainer's: what it trains, and a log
+
     with arithmetic(plain):
-        lowered = jax.jit(make_step(plain, task, blueprint), donate_argnums=0).lower(*given)
+        lowered = jax.jit(step, donate_argnums=0).lower(*given)
 
     def zeros():
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
@@ -134,10 +139,9 @@ def times(rows: dict[str, list[Program]], compiled: dict[str, list[Any]], repeat
         for name, steps in compiled.items():
             began = time.perf_counter()
             for i, run in enumerate(steps):
-                out = run(*state[name][i])
-                parts = out[0] if name != COORDINATE else out
-                state[name][i] = (parts, *state[name][i][1:])
-                jax.block_until_ready(out)
+                trained, log = run(*state[name][i])
+                state[name][i] = (trained, *state[name][i][1:])
+                jax.block_until_ready((trained, log))
             taken[name].append((time.perf_counter() - began) / len(steps))
     return {name: round(1e3 * statistics.median(each[1:]), 1) for name, each in taken.items()}
 
