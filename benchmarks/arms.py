@@ -6,7 +6,8 @@
 With L layers in B blocks and N epochs: "plain" trains L layers for N epochs; "short" L / B layers for N; "short-long"
 L / B layers for B * N, the memory and arithmetic of DiffusionBlocks; "blocks" are DiffusionBlocks, N epochs a block;
 "grown" are one block for the first half of those steps, then copied into all. Runs that are finished are not repeated,
-those that were interrupted go on. A table of the test split's scores comes last, mean and deviation over seeds.
+those that were interrupted go on. A table of the test split's scores comes last, mean and deviation over seeds; what
+generates is scored by its samples too, unless the config asks for none.
 """
 
 import json
@@ -20,10 +21,10 @@ from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dblocks_jax.modes.train import train
 from dblocks_jax.run.workdir import CONFIG, read_saved
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
-from dblocks_jax.training.loop import train
 
 MANY = 10_000  # epochs, of which the steps that are asked for are the first
 ARMS = ("plain", "short", "short-long", "blocks", "grown")
@@ -68,12 +69,12 @@ def _with(config: ConfigDict, **fields: int) -> ConfigDict:
     return ConfigDict({**config.to_dict(), **fields})
 
 
-def run(entry: Entry, config: ConfigDict, folder: Path) -> dict[str, Any]:
+def run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     """The result of a run, which is trained if it is not there."""
     result = read_saved(folder, "train.json")
     if result is None:
         config.save_every_n_epochs = config.num_epochs * config.num_blocks  # once, at the end
-        result = train(entry, config, folder)
+        result = train(config, folder)
         folder.joinpath("train.json").write_text(json.dumps(result))
     assert read_saved(folder, CONFIG) is not None
     return result
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> None:
         for seed in map(int, SEEDS.value):
             for name in CHOSEN.value:
                 base = _with(of_length, seed=seed)
-                result = run(entry, arm(entry, base, name), Path(OUT.value) / f"{name}_N{epochs}_seed{seed}")
+                result = run(arm(entry, base, name), Path(OUT.value) / f"{name}_N{epochs}_seed{seed}")
                 rows.setdefault((epochs, name), []).append(result)
                 print(json.dumps({"arm": name, "epochs": epochs, "seed": seed} | {key: result[key] for key in names}))
                 sys.stdout.flush()

@@ -3,9 +3,10 @@
   python benchmarks/text_against_torch.py [--repeats=N] [--batch=N] [--length=N] [--width=N] [--layers=2] [--blocks=3]
 
 "mask": a bidirectional block. "next_token": a block that denoises each token given the clean ones before it; the peer
-runs [noisy; clean] through the layers under one mask, as the paper writes it. Eager PyTorch on the same processor:
-the layers of one block as a network of their own, AdamW, gradients clipped to norm 1. All take turns, so that a slow
-minute of the machine hits all alike. Install PyTorch with `uv sync --extra benchmark`.
+runs [noisy; clean] through the layers under one mask, as the paper writes it. Eager PyTorch on the same processor
+or GPU: the layers of one block as a network of their own, AdamW, gradients clipped to norm 1. All take turns, as in
+`dit_against_torch.py`, so that a slow minute of the machine hits all alike. Install PyTorch with
+`uv sync --extra benchmark`.
 """
 
 import argparse
@@ -21,7 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-from dit_against_torch import ratios, step_of_task  # pyright: ignore[reportMissingImports]
+from dit_against_torch import (  # pyright: ignore[reportMissingImports]
+    A_TURN,
+    choose_device,
+    ratios,
+    step_of_task,
+    take_turn,
+)
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
@@ -123,7 +130,7 @@ class Peer(nn.Module):
 
 
 def peer_step(config: Any, layers: int) -> Callable[[], None]:
-    """One training step of the peer, to its end."""
+    """Training steps of the peer, to their end."""
     torch.manual_seed(0)
     model = Peer(config, layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
@@ -153,11 +160,11 @@ def peer_step(config: Any, layers: int) -> Callable[[], None]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    return lambda: take_turn(step)
 
 
 def our_step(config: Any) -> Callable[[], None]:
-    """One training step of block 0 of ours, to its end."""
+    """Training steps of block 0 of ours, to their end."""
     task: Any = entry_of(config).make(config, TextCard(letters(), config.text_length))
     rng = np.random.default_rng(0)
     shapes = task.batch_shapes(config.batch_size)
@@ -175,6 +182,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of one block")
     parser.add_argument("--blocks", type=int, default=3)
     args = parser.parse_args()
+    torch.set_default_device(choose_device())
     for module in (mask_text, next_text):
         config = module.get_config()
         config.update(
@@ -190,7 +198,8 @@ def main() -> None:
             "task": config.task,
             "step_against_torch": seconds["block"] / seconds["PyTorch"],
             "step_against_short": seconds["block"] / seconds["short-long"],
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "ms_of_a_step": {name: round(1e3 * value / A_TURN, 2) for name, value in seconds.items()},
+            "device": jax.devices()[0].device_kind,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "jax": jax.__version__,

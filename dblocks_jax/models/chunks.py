@@ -25,7 +25,7 @@ from dblocks_jax.models.primitives import (
 )
 
 CHUNK_BYTES = 2**24  # of a part of a wide array, counted in float32: enough to keep a device busy
-MOST_PARTS = 8  # of an MLP, each of which reads the input and the gradient again
+MOST_PARTS = 4  # of an MLP: with more a GPU takes longer than the memory is worth
 
 
 def chunk_size(length: int, bytes_of_one: int) -> int:
@@ -74,55 +74,42 @@ def mlp_by_units(
 
 
 def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
-    wide = checkpoint_name(affine(x, kernel_1, bias_1), DENSE_OUTPUT)
-    saved = (x, wide, kernel_1, kernel_2)
     count = unit_parts(kernel_1.shape[1], len(x) * 4)
-    if count == 1:
-        return affine(activation(wide), kernel_2, bias_2), saved
-    wide, bias_2 = once(wide, bias_2)  # else the sum's beginning would be written too early
-
-    def body(i, out):
-        wide_i, kernel_2_i = _part(wide, i, count, axis=1), _part(kernel_2, i, count, axis=0)
-        return out + jnp.matmul(activation(wide_i), kernel_2_i.astype(x.dtype), preferred_element_type=out.dtype)
-
-    out = jax.lax.fori_loop(0, count, body, jnp.broadcast_to(bias_2, x.shape))
-    return out.astype(x.dtype), saved
+    out, kept = jnp.broadcast_to(bias_2, x.shape), []
+    weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
+    for kernel_1_i, bias_1_i, kernel_2_i in zip(*weights, strict=True):
+        wide = checkpoint_name(affine(x, kernel_1_i, bias_1_i), DENSE_OUTPUT)
+        if kept:
+            out, wide = once(out, wide)  # so that one part's activation exists at a time
+        kept.append(wide)
+        out = out + jnp.matmul(activation(wide), kernel_2_i.astype(x.dtype), preferred_element_type=out.dtype)
+    return out.astype(x.dtype), (x, kept, kernel_1, kernel_2)
 
 
 def _mlp_backward(activation, saved, grad):
-    x, wide, kernel_1, kernel_2 = saved
+    x, kept, kernel_1, kernel_2 = saved
     grad, x = once(grad, x)
-    count = unit_parts(kernel_1.shape[1], len(x) * 4)
-    grad_bias_2 = jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
 
-    def of_units(wide, kernel_2):
-        """The gradients of these hidden units, and of their weights: (units, kernel_1, bias_1, kernel_2)."""
+    def of_units(wide, kernel_1, kernel_2):
+        """The gradients of these hidden units' weights, and their share of that of x."""
         activated, through_activation = jax.vjp(activation, wide)
         grad_activated, grad_kernel_2, _ = affine_backward((activated, kernel_2), grad)
         (grad_wide,) = through_activation(grad_activated)
-        return *affine_weights_backward(x, grad_wide, kernel_1.dtype), grad_kernel_2
+        grad_wide, grad_kernel_1, grad_bias_1 = affine_weights_backward(x, grad_wide, kernel_1.dtype)
+        of_x = jnp.matmul(grad_wide, kernel_1.T.astype(x.dtype), preferred_element_type=kernel_1.dtype)
+        return of_x, grad_kernel_1, grad_bias_1, grad_kernel_2
 
-    def body(i, carry):
-        """Gradients take the place of the units that they are of."""
-        wide, *grads = carry
-        found = of_units(_part(wide, i, count, axis=1), _part(kernel_2, i, count, axis=0))
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, part, i * part.shape[axis], axis)
-            for whole, part, axis in zip((wide, *grads), found, (1, 1, 0, 0), strict=True)
-        )
-
-    if count == 1:
-        grad_wide, *grads = of_units(wide, kernel_2)
-    else:
-        shapes = (kernel_1.shape, kernel_1.shape[1:], kernel_2.shape)
-        zeros = tuple(once(grad, jnp.zeros(shape, kernel_1.dtype))[1] for shape in shapes)
-        grad_wide, *grads = jax.lax.fori_loop(0, count, body, (wide, *zeros))
-    return grad_wide @ kernel_1.T.astype(x.dtype), *grads, grad_bias_2
-
-
-def _part(whole: Array, i: Any, count: int, axis: int) -> Array:
-    size = whole.shape[axis] // count
-    return jax.lax.dynamic_slice_in_dim(whole, i * size, size, axis)
+    kernels = zip(jnp.split(kernel_1, len(kept), axis=1), jnp.split(kernel_2, len(kept)), strict=True)
+    (grad_x, *first), others = of_units(kept[0], *next(kernels)), []
+    for wide, kernels_i in zip(kept[1:], kernels, strict=True):
+        grad_x, after = once(grad_x, wide)  # the part before is done, and its units are gone
+        of_x, *found = of_units(after, *kernels_i)
+        grad_x = grad_x + of_x
+        others.append(found)
+    grads = (
+        jnp.concatenate(parts, axis) for parts, axis in zip(zip(first, *others, strict=True), (1, 0, 0), strict=True)
+    )
+    return grad_x.astype(x.dtype), *grads, jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
 
 
 mlp_by_units.defvjp(_mlp_forward, _mlp_backward)

@@ -132,7 +132,6 @@ class Mlp(nnx.Module):
         self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        # As rows, a gradient can take the place of what it is computed from; reshapes in between prevent that.
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
         return checkpoint_name(mlp_by_units(gelu, rows, *params), DENSE_OUTPUT).reshape(x.shape)
