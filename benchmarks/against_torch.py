@@ -202,7 +202,7 @@ def choose_device() -> Any:
     if jax.default_backend() != "gpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        sys.exit("against_torch.py: JAX has a GPU but this PyTorch sees none; JAX_PLATFORMS=cpu compares on the CPU")
+        sys.exit("JAX has a GPU but this PyTorch sees none; JAX_PLATFORMS=cpu compares on the CPU")
     torch.set_float32_matmul_precision("high")  # TF32, as JAX does by default
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda")

@@ -5,16 +5,17 @@
 #   benchmarks/agenda.sh OUT beside    # golden values and other tests, memory: side by side, on many cores
 #
 # Compiling takes most of the time: minutes for a network of 12 layers, where products are tuned by trial. A second run
-# finds what JAX_COMPILATION_CACHE_DIR kept. Needs PyTorch that sees the GPU (`--extra benchmark`). PYTHON names another
-# interpreter, DBLOCKS_GOLDEN the folder of golden values, DEADLINE a number of seconds after which all is ended.
+# with the same OUT finds what was compiled (OUT/cache). Needs PyTorch that sees the GPU (`--extra benchmark`). PYTHON
+# names another interpreter, DBLOCKS_GOLDEN the folder of golden values, DEADLINE seconds after which all is ended.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$1
-python=${PYTHON:-python}
+(($# == 2)) && [[ $2 =~ ^(timed|beside)$ ]] || { echo "usage: $0 OUT timed|beside" >&2 && exit 2; }
+mkdir -p "$1"
+out=$(realpath "$1")
+python=$(command -v "${PYTHON:-python}") || { echo "$0: no Python: activate the environment, or set PYTHON" >&2 && exit 2; }
 deadline=${DEADLINE:-7200}
-mkdir -p "$out"
+cd "$(dirname "$0")/.."
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1 PYTHONPATH=.:${PYTHONPATH:-}
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(mktemp -d)} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
 # into NAME COMMAND...: what it prints into OUT/NAME.txt, and how it ended into this output.
 into() {
@@ -26,8 +27,7 @@ into() {
 }
 
 timed() {
-  into kernels "$python" benchmarks/kernels.py
-  into kernels_again "$python" benchmarks/kernels.py --keep="$out/profile"
+  into kernels "$python" benchmarks/kernels.py --keep="$out/profile"
   for parts in 1 2 8; do into "kernels_parts_$parts" "$python" benchmarks/kernels.py --parts=$parts; done
   into kernels_by_jax "$python" benchmarks/kernels.py --by_jax
   into kernels_bfloat16 "$python" benchmarks/kernels.py --dtype=bfloat16
@@ -40,7 +40,10 @@ timed() {
 }
 
 # NAME CONFIG FLAGS...
-memory() { into "memory_$1" "$python" launch.py --mode=memory --config="configs/$2.py" --config.idle_blocks=host "${@:3}"; }
+memory() {
+  into "memory_$1" "$python" launch.py --mode=memory --config="configs/$2.py" --workdir="$out/$1" \
+    --config.idle_blocks=host "${@:3}"
+}
 
 beside() {
   JAX_PLATFORMS=cuda into tests "$python" -m pytest -o addopts= -v --tb=short -n 8 --dist=loadfile -m "not long" -p no:cacheprovider \
@@ -52,7 +55,4 @@ beside() {
   wait
 }
 
-case ${2:-} in
-  timed | beside) "$2" ;;
-  *) echo "usage: $0 OUT timed|beside" >&2 && exit 2 ;;
-esac
+"$2"

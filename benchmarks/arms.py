@@ -27,6 +27,7 @@ from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 
 MANY = 10_000  # epochs, of which the steps that are asked for are the first
+RESULT = "arm.json"  # train.json is there before samples are scored
 ARMS = ("plain", "short", "short-long", "blocks", "grown")
 CONFIG_FILE = config_flags.DEFINE_config_file("config", None, "Config of DiffusionBlocks, which the arms are made of.")
 OUT = flags.DEFINE_string("out", None, "Folder of the runs.", required=True)
@@ -70,12 +71,12 @@ def _with(config: ConfigDict, **fields: int) -> ConfigDict:
 
 
 def run(config: ConfigDict, folder: Path) -> dict[str, Any]:
-    """The result of a run, which is trained if it is not there."""
-    result = read_saved(folder, "train.json")
+    """The result of a run, which is trained and scored if it is not there."""
+    result = read_saved(folder, RESULT)
     if result is None:
         config.save_every_n_epochs = config.num_epochs * config.num_blocks  # once, at the end
         result = train(config, folder)
-        folder.joinpath("train.json").write_text(json.dumps(result))
+        folder.joinpath(RESULT).write_text(json.dumps(result))
     assert read_saved(folder, CONFIG) is not None
     return result
 

@@ -1,6 +1,6 @@
 """Time a step of one block of a DiT against plain PyTorch's DiT of the same work, and against ours of that depth.
 
-  python benchmarks/dit_against_torch.py [--repeats=N] [--batch=N] [--layers=4] [--blocks=3]
+  python benchmarks/dit_against_torch.py [--repeats=N] [--batch=N] [--layers=4] [--blocks=3] [--samples=N]
 
 The peer is eager PyTorch on the same processor or GPU: the layers of one block as a network of their own, EDM loss,
 AdamW, gradients clipped to norm 1. Also the time of sampling, 50 levels: B blocks against all layers as one, in one

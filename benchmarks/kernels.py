@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--kind=dblock|vit] [--dtype=float32|bfloat16] [--parts=N] [--by_jax] [--keep=FOLDER]
 
 Runs 20 steps of the CIFAR configuration, as the trainer makes them, twice: once timed from start to end and once
-profiled. Prints the kernels that take longest, the time of a step, the part of it in which a kernel runs, and the bytes
-in use at the peak; those count what is tried while compiling, so read them from a second run. For comparison: MLPs go
-backward in --parts; with --by_jax nothing goes backward our way, but as JAX and XLA choose. --keep leaves the profile.
+profiled. Prints the kernels that take longest, the time of a step, the part of it in which a kernel runs, and the most
+memory in use. For comparison: MLPs go backward in at most so many --parts; with --by_jax nothing goes backward our way,
+but as JAX and XLA choose. --keep leaves the profile.
 """
 
 import argparse
@@ -40,13 +40,15 @@ def by_jax() -> Any:
         mock.patch.object(jax.lax, "optimization_barrier", lambda x: x),
     ):
         primitives.once.__code__ = (lambda there, x: (there, x)).__code__
-        yield
-        primitives.once.__code__ = written
+        try:
+            yield
+        finally:
+            primitives.once.__code__ = written
 
 
 def kernels_of(folder: Path) -> tuple[dict[str, list[float]], float]:
     """({name: [ms of all its runs, runs]}, ms in which any ran) of a profile; names end before their numbers."""
-    (path,) = folder.rglob("*.xplane.pb")
+    path = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0])
     busy: list[tuple[float, float]] = []
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -110,7 +112,7 @@ def main() -> None:
     chunks.MOST_PARTS = args.parts
     with by_jax() if args.by_jax else contextlib.nullcontext(), tempfile.TemporaryDirectory() as folder:
         found = measure(args.kind, {"dtype": args.dtype}, args.keep or Path(folder))
-    print(json.dumps({"parts": args.parts, "by_jax": args.by_jax} | found), flush=True)
+    print(json.dumps({"parts": "by_jax" if args.by_jax else args.parts} | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dblocks_jax.models import chunks
 from dblocks_jax.models.chunks import chunk_size, mlp_by_units, over_tokens, self_attend, unit_parts
-from dblocks_jax.models.primitives import gelu, gelu_tanh
+from dblocks_jax.models.primitives import KEPT, gelu, gelu_tanh
 
 # (bytes of a chunk, samples, tokens, heads): everything at once, some of it at a time, one after the other.
 CUTS = [(2**25, 2, 6, 4), (600, 2, 6, 4), (1, 5, 9, 3)]
@@ -75,7 +75,7 @@ def test_gradients_of_the_vision_transformers_are_those_of_the_whole(key, monkey
 
 
 def test_what_layers_keep_for_the_backward_pass_is_not_written_over(key, monkeypatch):
-    """Inputs and kept arrays, whose place results take, are used once more elsewhere."""
+    """Inputs and kept arrays, whose place attention's results take, are used once more elsewhere."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     args, qkv = mlp_inputs(key, 2, 6), jax.random.normal(key, (2, 6, 3, 2, 5))
 
@@ -138,6 +138,17 @@ def test_wide_arrays_exist_in_parts_only(function, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", wide // 8)
     monkeypatch.setattr(chunks, "MOST_PARTS", 8)
     assert temporaries(function, *shapes) < whole / 3
+
+
+def test_what_is_kept_by_name_is_not_computed_again(monkeypatch):
+    """Each part has two products forward and four backward; those of the forward pass stand in the program once."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    shapes = (6, 5), (5, 24), (24,), (24, 5), (5,)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    layer = jax.checkpoint(mlp, policy=KEPT)
+    gradients = jax.grad(lambda *args: jnp.sum(layer(*args) ** 2), argnums=tuple(range(5)))
+    program = jax.jit(gradients).lower(*args).as_text()
+    assert program.count("stablehlo.dot_general") == chunks.MOST_PARTS * (2 + 4)
 
 
 @given(length=st.integers(1, 400), one=st.integers(1, 2**27))

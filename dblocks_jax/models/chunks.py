@@ -25,7 +25,7 @@ from dblocks_jax.models.primitives import (
 )
 
 CHUNK_BYTES = 2**24  # of a part of a wide array, counted in float32: enough to keep a device busy
-MOST_PARTS = 4  # of an MLP: with more a GPU takes longer than the memory is worth
+MOST_PARTS = 4  # of an MLP: with more, products are too small for a GPU
 
 
 def chunk_size(length: int, bytes_of_one: int) -> int:
@@ -79,9 +79,9 @@ def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
     weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
     for kernel_1_i, bias_1_i, kernel_2_i in zip(*weights, strict=True):
         wide = checkpoint_name(affine(x, kernel_1_i, bias_1_i), DENSE_OUTPUT)
-        if kept:
+        kept.append(wide)  # what has the name: of what is made of it the sum would be computed again
+        if len(kept) > 1:
             out, wide = once(out, wide)  # so that one part's activation exists at a time
-        kept.append(wide)
         out = out + jnp.matmul(activation(wide), kernel_2_i.astype(x.dtype), preferred_element_type=out.dtype)
     return out.astype(x.dtype), (x, kept, kernel_1, kernel_2)
 
@@ -89,27 +89,24 @@ def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
 def _mlp_backward(activation, saved, grad):
     x, kept, kernel_1, kernel_2 = saved
     grad, x = once(grad, x)
-
-    def of_units(wide, kernel_1, kernel_2):
-        """The gradients of these hidden units' weights, and their share of that of x."""
+    grad_x, grads_1, grads_bias, grads_2 = None, [], [], []
+    weights = jnp.split(kernel_1, len(kept), axis=1), jnp.split(kernel_2, len(kept))
+    for units, kernel_1_i, kernel_2_i in zip(kept, *weights, strict=True):
+        # Not before the part before is done, and what it needed is gone.
+        grad_x, wide = (None, units) if grad_x is None else once(grad_x, units)
         activated, through_activation = jax.vjp(activation, wide)
-        grad_activated, grad_kernel_2, _ = affine_backward((activated, kernel_2), grad)
+        grad_activated, grad_2, _ = affine_backward((activated, kernel_2_i), grad)
         (grad_wide,) = through_activation(grad_activated)
-        grad_wide, grad_kernel_1, grad_bias_1 = affine_weights_backward(x, grad_wide, kernel_1.dtype)
-        of_x = jnp.matmul(grad_wide, kernel_1.T.astype(x.dtype), preferred_element_type=kernel_1.dtype)
-        return of_x, grad_kernel_1, grad_bias_1, grad_kernel_2
-
-    kernels = zip(jnp.split(kernel_1, len(kept), axis=1), jnp.split(kernel_2, len(kept)), strict=True)
-    (grad_x, *first), others = of_units(kept[0], *next(kernels)), []
-    for wide, kernels_i in zip(kept[1:], kernels, strict=True):
-        grad_x, after = once(grad_x, wide)  # the part before is done, and its units are gone
-        of_x, *found = of_units(after, *kernels_i)
-        grad_x = grad_x + of_x
-        others.append(found)
-    grads = (
-        jnp.concatenate(parts, axis) for parts, axis in zip(zip(first, *others, strict=True), (1, 0, 0), strict=True)
-    )
-    return grad_x.astype(x.dtype), *grads, jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
+        grad_wide, grad_1, grad_bias = affine_weights_backward(x, grad_wide, kernel_1.dtype)
+        of_x = jnp.matmul(grad_wide, kernel_1_i.T.astype(x.dtype), preferred_element_type=kernel_1.dtype)
+        grad_x = of_x if grad_x is None else grad_x + of_x
+        grads_1.append(grad_1)
+        grads_bias.append(grad_bias)
+        grads_2.append(grad_2)
+    assert grad_x is not None
+    grad_bias_2 = jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
+    of_weights = jnp.concatenate(grads_1, axis=1), jnp.concatenate(grads_bias), jnp.concatenate(grads_2)
+    return grad_x.astype(x.dtype), *of_weights, grad_bias_2
 
 
 mlp_by_units.defvjp(_mlp_forward, _mlp_backward)
