@@ -78,7 +78,9 @@ def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
     out, kept = jnp.broadcast_to(bias_2, x.shape), []
     weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
     for kernel_1_i, bias_1_i, kernel_2_i in zip(*weights, strict=True):
-        wide = checkpoint_name(affine(x, kernel_1_i, bias_1_i), DENSE_OUTPUT)
+        # XLA for GPUs would join products with one and the same x, and cut their results apart again.
+        x_i, kernel_i = jax.lax.optimization_barrier((x, kernel_1_i))
+        wide = checkpoint_name(affine(x_i, kernel_i, bias_1_i), DENSE_OUTPUT)
         kept.append(wide)  # what has the name: of what is made of it the sum would be computed again
         if len(kept) > 1:
             out, wide = once(out, wide)  # so that one part's activation exists at a time
