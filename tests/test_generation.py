@@ -346,3 +346,11 @@ def test_a_generator_is_inspected(run, tmp_path, capsys):
     page = Page(tmp_path / "inspect.html")
     assert page.loaded == [] and page.pictures == 1 and "Pixels are scaled to -1..1." in page.text
     assert "block 0: sigma 80" in capsys.readouterr().out
+
+
+def test_kernel_distances_are_of_all_classes_where_images_come_sorted_by_class(monkeypatch):
+    """Two classes of 12,000, one after the other: the same images the other way round are no distance away."""
+    monkeypatch.setattr(generation, "kernel_distance", partial(generation.kernel_distance, num_subsets=4))
+    images = np.random.default_rng(0).standard_normal((24_000, 2)) + np.repeat([0.0, 4.0], 12_000)[:, None]
+    found = generation.distances("judge", images[::-1], images, images[:12_000], images[:12_000])
+    assert abs(found["kid_judge"]) < found["kid_judge_floor"] / 20  # the floor is here that of one class to both

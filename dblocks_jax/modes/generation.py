@@ -26,7 +26,6 @@ from dblocks_jax.tasks.generate.scores import (
 
 PICTURE = "samples.png"
 A_CLASS, CLASSES = 8, 12  # of the picture: images of a class in a row, and rows
-MOST_COMPARED = 10_000  # real images whose features are compared by kernels
 
 
 class Scored(NamedTuple):
@@ -89,7 +88,7 @@ def distances(
     reference = Moments.of(train)
     found: dict[str, Any] = {}
     for suffix, features in (("", samples), ("_floor", test), ("_ceiling", spoiled)):
-        kernel = kernel_distance(features[:MOST_COMPARED], train[:MOST_COMPARED])
+        kernel = kernel_distance(features, train)
         found[f"frechet_{name}{suffix}"] = frechet_distance(Moments.of(features), reference)
         found[f"kid_{name}{suffix}"] = float(kernel.mean)
         found[f"kid_{name}{suffix}_spread"] = float(kernel.spread)

@@ -119,10 +119,9 @@ def kernel_distance(
     if size < 2:
         raise UserError(f"a kernel distance needs 4 images at least on each side, not {len(x)} and {len(y)}")
     rng = np.random.default_rng(seed)
-    x, y = x.astype(np.float64), y.astype(np.float64)
 
-    def subset(rows: Float64[np.ndarray, "n k"]) -> Float64[np.ndarray, "size k"]:
-        return rows[rng.choice(len(rows), size, replace=False)]
+    def subset(rows: Num[np.ndarray, "n k"]) -> Float64[np.ndarray, "size k"]:
+        return rows[rng.choice(len(rows), size, replace=False)].astype(np.float64)
 
     values = [unbiased_mmd(subset(x), subset(y)) for _ in range(num_subsets)]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
