@@ -74,6 +74,7 @@ def kill_at_random(workdir: Path, rng: random.Random, kills: int, **fields: obje
     return moments
 
 
+@pytest.mark.long  # test_growing.py has one that is killed, in every run of the suite
 def test_a_killed_run_ends_in_the_same_bits(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     moments = kill_at_random(workdir, random.Random(1), kills=1, **FEW)

@@ -113,6 +113,7 @@ def test_all_pairs_of_values_blend_as_in_pillow(magnitude):
         np.testing.assert_array_equal(table, expected)
 
 
+@pytest.mark.long
 def test_autocontrast_is_pillows_for_all_ranges_of_values():
     """Images of all values from low to high, three ranges at a time as three channels, and every range once."""
     low, high = np.triu_indices(256, 1)  # 32640 ranges, a multiple of three
