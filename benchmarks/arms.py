@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dblocks_jax.modes.train import train
+from dblocks_jax.run.files import write_whole
 from dblocks_jax.run.workdir import CONFIG, read_saved
 from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
@@ -76,7 +77,7 @@ def run(config: ConfigDict, folder: Path) -> dict[str, Any]:
     if result is None:
         config.save_every_n_epochs = config.num_epochs * config.num_blocks  # once, at the end
         result = train(config, folder)
-        folder.joinpath(RESULT).write_text(json.dumps(result))
+        write_whole(folder / RESULT, json.dumps(result))
     assert read_saved(folder, CONFIG) is not None
     return result
 

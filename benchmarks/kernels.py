@@ -15,7 +15,6 @@ import json
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jax
 
 from benchmarks import ours
+from benchmarks.against_torch import milliseconds
 from dblocks_jax.models import chunks, primitives
 
 STEPS, MOST = 20, 30
@@ -77,16 +77,16 @@ def _union(spans: list[tuple[float, float]]) -> float:
 def measure(kind: str, overrides: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Time and profile the steps of one model."""
     steps = ours.OurSteps(ours.get_config(kind, overrides))
-    for _ in range(2):
-        steps.enqueue(0, STEPS)
-    steps.wait()
-    began = time.perf_counter()
-    steps.enqueue(0, STEPS)
-    steps.wait()
-    each = 1e3 * (time.perf_counter() - began) / STEPS
-    with jax.profiler.trace(folder):
+
+    def work() -> None:
         steps.enqueue(0, STEPS)
         steps.wait()
+
+    for _ in range(2):
+        work()
+    each = milliseconds(work) / STEPS
+    with jax.profiler.trace(folder):
+        work()
     found, busy = kernels_of(folder)
     for name, (ms, runs) in sorted(found.items(), key=lambda item: -item[1][0])[:MOST]:
         print(f"{ms / STEPS:9.3f} ms {runs / STEPS:7.1f} runs  {name[:110]}")
