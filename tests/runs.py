@@ -51,11 +51,13 @@ def started(
 def files_of_at_most(size: int):
     """The system refuses longer files, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    no_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python would leave it cut short, for ever
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        sys.dont_write_bytecode = no_bytecode
         signal.signal(signal.SIGXFSZ, before[1])
 
 

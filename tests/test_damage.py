@@ -448,7 +448,7 @@ def test_a_line_of_which_only_a_part_fits_leaves_the_file_as_it_was(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         f"Journal(Path({str(path)!r})).append({{'step': 2, 'note': 'x' * 200}})"
     )
-    done = finish(sys.executable, "-c", append)
+    done = finish(sys.executable, "-B", "-c", append)  # no bytecode, which would be cut short too
     assert done.returncode == 1 and "OSError" in done.stderr
     assert path.read_text() == '{"step": 1}\n'
 
