@@ -16,7 +16,8 @@ from dblocks_jax.models.primitives import KEPT, gelu, gelu_tanh
 
 # (bytes of a chunk, samples, tokens, heads): everything at once, some of it at a time, one after the other.
 CUTS = [(2**25, 2, 6, 4), (600, 2, 6, 4), (1, 5, 9, 3)]
-mlp = partial(mlp_by_units, gelu_tanh)
+mlp = partial(mlp_by_units, gelu_tanh, False)
+mlp_again = partial(mlp_by_units, gelu_tanh, True)
 
 
 def mlp_inputs(key, samples: int, tokens: int, dtype="float32"):
@@ -56,7 +57,8 @@ def assert_same_as_in_float64(ours, plain, *args):
 @pytest.mark.parametrize(("bytes_of_chunk", "samples", "tokens", "heads"), CUTS)
 def test_gradients_are_those_of_the_whole(bytes_of_chunk, samples, tokens, heads, key, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", bytes_of_chunk)
-    assert_same_as_in_float64(mlp, plain_mlp, *mlp_inputs(key, samples, tokens))
+    for ours in (mlp, mlp_again):
+        assert_same_as_in_float64(ours, plain_mlp, *mlp_inputs(key, samples, tokens))
     qkv = jax.random.normal(key, (samples, tokens, 3, heads, 5))
     assert_same_as_in_float64(self_attend, plain_attention, qkv)
 
@@ -64,7 +66,7 @@ def test_gradients_are_those_of_the_whole(bytes_of_chunk, samples, tokens, heads
 def test_gradients_of_the_vision_transformers_are_those_of_the_whole(key, monkeypatch):
     """The exact GELU, and dropout on probabilities; two heads at a time."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 600)
-    exact = partial(mlp_by_units, gelu), partial(plain_mlp, approximate=False)
+    exact = partial(mlp_by_units, gelu, False), partial(plain_mlp, approximate=False)
     assert_same_as_in_float64(*exact, *mlp_inputs(key, 2, 6))
     qkv, keep = jax.random.normal(key, (2, 6, 3, 4, 5)), jax.random.bernoulli(key, 0.7, (2, 4, 6, 6))
 
@@ -126,11 +128,11 @@ def temporaries(function, *shapes) -> int:
     return analysis.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("function", [mlp, self_attend])
+@pytest.mark.parametrize("function", [mlp, mlp_again, self_attend])
 def test_wide_arrays_exist_in_parts_only(function, monkeypatch):
     """The activation and its gradients, the probabilities and their gradient: an eighth of each at a time."""
     b, t, d, m, h = 4, 128, 8, 256, 8
-    of_mlp = function is mlp
+    of_mlp = function is not self_attend
     shapes = ((b * t, d), (d, m), (m,), (m, d), (d,)) if of_mlp else ((b, t, 3, h, 4),)
     wide = 4 * (b * t * m if of_mlp else b * h * t * t)
     whole = temporaries(function, *shapes)
@@ -138,6 +140,17 @@ def test_wide_arrays_exist_in_parts_only(function, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_BYTES", wide // 8)
     monkeypatch.setattr(chunks, "MOST_PARTS", 8)
     assert temporaries(function, *shapes) < whole / 3
+
+
+def test_units_that_are_computed_again_are_not_kept():
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((60, 5), (5, 24), (24,), (24, 5), (5,))]
+
+    def largest_kept(function):
+        backward = jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args)
+        return max(math.prod(array.shape) for array in jax.tree.leaves(backward))
+
+    assert largest_kept(mlp) == 60 * 24
+    assert largest_kept(mlp_again) == 60 * 5  # the input
 
 
 def test_what_is_kept_by_name_is_not_computed_again(monkeypatch):

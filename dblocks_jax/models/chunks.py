@@ -60,52 +60,58 @@ def over_tokens(function: Callable[..., Any], bytes_of_token: int, *arrays: Shap
     return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, t, *array.shape[3:]), found)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mlp_by_units(
     activation: Callable[[Array], Array],
+    remat: bool,
     x: Float[Array, "n d"],
     kernel_1: Float[Array, "d m"],
     bias_1: Float[Array, " m"],
     kernel_2: Float[Array, "m d"],
     bias_2: Float[Array, " d"],
 ) -> Float[Array, "n d"]:
-    """activation(x kernel_1 + bias_1) kernel_2 + bias_2; in training some of the m hidden units at a time."""
+    """activation(x kernel_1 + bias_1) kernel_2 + bias_2; in training some of the m hidden units at a time.
+
+    With `remat` the backward pass keeps none of them: it computes each part again when its turn comes.
+    """
     return affine(activation(affine(x, kernel_1, bias_1)), kernel_2, bias_2)
 
 
-def _mlp_forward(activation, x, kernel_1, bias_1, kernel_2, bias_2):
+def _mlp_forward(activation, remat, x, kernel_1, bias_1, kernel_2, bias_2):
     count = unit_parts(kernel_1.shape[1], len(x) * 4)
     out, kept = jnp.broadcast_to(bias_2, x.shape), []
     weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
-    for kernel_1_i, bias_1_i, kernel_2_i in zip(*weights, strict=True):
-        # XLA for GPUs would join products with one and the same x, and cut their results apart again.
-        x_i, kernel_i = jax.lax.optimization_barrier((x, kernel_1_i))
-        wide = checkpoint_name(affine(x_i, kernel_i, bias_1_i), DENSE_OUTPUT)
-        kept.append(wide)  # what has the name: of what is made of it the sum would be computed again
-        if len(kept) > 1:
-            out, wide = once(out, wide)  # so that one part's activation exists at a time
+    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(zip(*weights, strict=True)):
+        # One part at a time. With one and the same x XLA for GPUs would join the products and cut their results apart.
+        out, x_i = once(out, x) if i else (out, x)
+        # What is named is kept by layers: of what is made of it the sum would be computed again.
+        wide = checkpoint_name(affine(x_i, kernel_1_i, bias_1_i), DENSE_OUTPUT)
         out = out + jnp.matmul(activation(wide), kernel_2_i.astype(x.dtype), preferred_element_type=out.dtype)
-    return out.astype(x.dtype), (x, kept, kernel_1, kernel_2)
+        kept.append(wide)
+    return out.astype(x.dtype), (x, None if remat else kept, kernel_1, bias_1, kernel_2)
 
 
-def _mlp_backward(activation, saved, grad):
-    x, kept, kernel_1, kernel_2 = saved
+def _mlp_backward(activation, remat, saved, grad):
+    x, kept, kernel_1, bias_1, kernel_2 = saved
+    count = unit_parts(kernel_1.shape[1], len(x) * 4)
     grad, x = once(grad, x)
-    grad_x, grads_1, grads_bias, grads_2 = None, [], [], []
-    weights = jnp.split(kernel_1, len(kept), axis=1), jnp.split(kernel_2, len(kept))
-    for units, kernel_1_i, kernel_2_i in zip(kept, *weights, strict=True):
+    grad_x, grads_1, grads_bias, grads_2 = jnp.zeros(x.shape, kernel_1.dtype), [], [], []
+    weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
+    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(zip(*weights, strict=True)):
         # Not before the part before is done, and what it needed is gone.
-        grad_x, wide = (None, units) if grad_x is None else once(grad_x, units)
+        if remat:
+            grad_x, x = once(grad_x, x) if i else (grad_x, x)
+            wide = affine(x, kernel_1_i, bias_1_i)
+        else:
+            grad_x, wide = once(grad_x, kept[i]) if i else (grad_x, kept[i])
         activated, through_activation = jax.vjp(activation, wide)
         grad_activated, grad_2, _ = affine_backward((activated, kernel_2_i), grad)
         (grad_wide,) = through_activation(grad_activated)
         grad_wide, grad_1, grad_bias = affine_weights_backward(x, grad_wide, kernel_1.dtype)
-        of_x = jnp.matmul(grad_wide, kernel_1_i.T.astype(x.dtype), preferred_element_type=kernel_1.dtype)
-        grad_x = of_x if grad_x is None else grad_x + of_x
+        grad_x += jnp.matmul(grad_wide, kernel_1_i.T.astype(x.dtype), preferred_element_type=kernel_1.dtype)
         grads_1.append(grad_1)
         grads_bias.append(grad_bias)
         grads_2.append(grad_2)
-    assert grad_x is not None
     grad_bias_2 = jnp.sum(grad, axis=0, dtype=kernel_2.dtype)
     of_weights = jnp.concatenate(grads_1, axis=1), jnp.concatenate(grads_bias), jnp.concatenate(grads_2)
     return grad_x.astype(x.dtype), *of_weights, grad_bias_2

@@ -95,6 +95,7 @@ def make_block(arch: Architecture, num_layers: int, *, rngs: nnx.Rngs) -> Block:
             arch.intermediate_size,
             arch.dropout_rate,
             open_gates=arch.open_gates,
+            remat=arch.gradient_checkpointing,
             dtype=arch.dtype,
             rngs=rngs,
         )

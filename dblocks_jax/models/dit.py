@@ -144,17 +144,18 @@ class DiTAttention(nnx.Module):
 
 
 class DiTMlp(nnx.Module):
-    """Dense, GELU by tanh, dense."""
+    """Dense, GELU by tanh, dense; `remat` as in `mlp_by_units`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, remat: bool, rngs: nnx.Rngs):
         self.dtype = dtype
+        self.remat = remat
         self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, init=init_xavier, rngs=rngs)
         self.output = Linear(intermediate_size, hidden_size, dtype=dtype, init=init_xavier, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
-        return checkpoint_name(mlp_by_units(gelu_tanh, rows, *params), DENSE_OUTPUT).reshape(x.shape)
+        return checkpoint_name(mlp_by_units(gelu_tanh, self.remat, rows, *params), DENSE_OUTPUT).reshape(x.shape)
 
 
 class DiTLayer(nnx.Module):
@@ -162,7 +163,13 @@ class DiTLayer(nnx.Module):
 
     def __init__(self, arch: DiTArchitecture, *, rngs: nnx.Rngs):
         self.attention = DiTAttention(arch.hidden_size, arch.num_heads, dtype=arch.dtype, rngs=rngs)
-        self.mlp = DiTMlp(arch.hidden_size, arch.intermediate_size, dtype=arch.dtype, rngs=rngs)
+        self.mlp = DiTMlp(
+            arch.hidden_size,
+            arch.intermediate_size,
+            dtype=arch.dtype,
+            remat=arch.gradient_checkpointing,
+            rngs=rngs,
+        )
         self.modulation = DiTModulation(arch.hidden_size, 6, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b d"]) -> Float[Array, "b t d"]:

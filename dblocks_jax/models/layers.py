@@ -124,17 +124,18 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Dense, the exact GELU, dense."""
+    """Dense, the exact GELU, dense; `remat` as in `mlp_by_units`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, hidden_size: int, intermediate_size: int, *, dtype: str, remat: bool, rngs: nnx.Rngs):
         self.dtype = dtype
+        self.remat = remat
         self.intermediate = Linear(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
         self.output = Linear(intermediate_size, hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         params = (p[...] for layer in (self.intermediate, self.output) for p in (layer.kernel, layer.bias))
-        return checkpoint_name(mlp_by_units(gelu, rows, *params), DENSE_OUTPUT).reshape(x.shape)
+        return checkpoint_name(mlp_by_units(gelu, self.remat, rows, *params), DENSE_OUTPUT).reshape(x.shape)
 
 
 class Layer(nnx.Module):
@@ -147,6 +148,7 @@ class Layer(nnx.Module):
         intermediate_size: int,
         dropout_rate: float,
         *,
+        remat: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -154,7 +156,7 @@ class Layer(nnx.Module):
         self.norm_attention = LayerNorm(hidden_size, dtype=dtype)
         self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
         self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
-        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, remat=remat, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b t d"], key: Key[Array, ""] | None, first_only: bool = False
@@ -178,6 +180,7 @@ class ConditionedLayer(nnx.Module):
         dropout_rate: float,
         *,
         open_gates: bool = False,
+        remat: bool = False,
         dtype: str,
         rngs: nnx.Rngs,
     ):
@@ -185,7 +188,7 @@ class ConditionedLayer(nnx.Module):
         self.norm_attention = LayerNorm(hidden_size, dtype=dtype)
         self.attention = Attention(hidden_size, num_heads, dropout_rate, dtype=dtype, rngs=rngs)
         self.norm_mlp = LayerNorm(hidden_size, dtype=dtype)
-        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(hidden_size, intermediate_size, dtype=dtype, remat=remat, rngs=rngs)
         self.modulation = Modulation(hidden_size, 6, rngs=rngs, ones=GATES if open_gates else ())
 
     def __call__(

@@ -105,7 +105,13 @@ class MaskedLayer(nnx.Module):
 
     def __init__(self, arch: MaskedArchitecture, *, rngs: nnx.Rngs):
         self.attention = RotaryAttention(arch.hidden_size, arch.num_heads, dtype=arch.dtype, rngs=rngs)
-        self.mlp = DiTMlp(arch.hidden_size, arch.intermediate_size, dtype=arch.dtype, rngs=rngs)
+        self.mlp = DiTMlp(
+            arch.hidden_size,
+            arch.intermediate_size,
+            dtype=arch.dtype,
+            remat=arch.gradient_checkpointing,
+            rngs=rngs,
+        )
         self.modulation = LevelModulation(arch.hidden_size, 6, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t d"], cond: Float[Array, "b k"]) -> Float[Array, "b t d"]:

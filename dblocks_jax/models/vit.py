@@ -54,6 +54,7 @@ class ViT(nnx.Module):
                 arch.num_heads,
                 arch.intermediate_size,
                 arch.dropout_rate,
+                remat=arch.gradient_checkpointing,
                 dtype=arch.dtype,
                 rngs=rngs,
             )
