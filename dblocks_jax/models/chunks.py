@@ -77,11 +77,18 @@ def mlp_by_units(
     return affine(activation(affine(x, kernel_1, bias_1)), kernel_2, bias_2)
 
 
+def _units(
+    n: int, kernel_1: Float[Array, "d m"], bias_1: Float[Array, " m"], kernel_2: Float[Array, "m d"]
+) -> list[tuple[Array, Array, Array]]:
+    """The weights of each part of the hidden units, for n rows."""
+    count = unit_parts(kernel_1.shape[1], n * 4)
+    cut = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
+    return list(zip(*cut, strict=True))
+
+
 def _mlp_forward(activation, remat, x, kernel_1, bias_1, kernel_2, bias_2):
-    count = unit_parts(kernel_1.shape[1], len(x) * 4)
     out, kept = jnp.broadcast_to(bias_2, x.shape), []
-    weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
-    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(zip(*weights, strict=True)):
+    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(_units(len(x), kernel_1, bias_1, kernel_2)):
         # One part at a time. With one and the same x XLA for GPUs would join the products and cut their results apart.
         out, x_i = once(out, x) if i else (out, x)
         # What is named is kept by layers: of what is made of it the sum would be computed again.
@@ -93,11 +100,9 @@ def _mlp_forward(activation, remat, x, kernel_1, bias_1, kernel_2, bias_2):
 
 def _mlp_backward(activation, remat, saved, grad):
     x, kept, kernel_1, bias_1, kernel_2 = saved
-    count = unit_parts(kernel_1.shape[1], len(x) * 4)
     grad, x = once(grad, x)
     grad_x, grads_1, grads_bias, grads_2 = jnp.zeros(x.shape, kernel_1.dtype), [], [], []
-    weights = jnp.split(kernel_1, count, axis=1), jnp.split(bias_1, count), jnp.split(kernel_2, count)
-    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(zip(*weights, strict=True)):
+    for i, (kernel_1_i, bias_1_i, kernel_2_i) in enumerate(_units(len(x), kernel_1, bias_1, kernel_2)):
         # Not before the part before is done, and what it needed is gone.
         if remat:
             grad_x, x = once(grad_x, x) if i else (grad_x, x)
