@@ -223,6 +223,16 @@ def test_nearest_images_are_those_of_scikit_learn(chunk, monkeypatch):
     np.testing.assert_array_equal(found.closest(4), np.stack([order, indices[order]], axis=1))
 
 
+def test_large_images_are_told_apart_by_a_step_of_one_pixel():
+    """Squared distances of 1 and 2, differences of sums near 10^8, where float32 has every eighth number."""
+    rng = np.random.default_rng(0)
+    samples = np.full((1, 80, 80, 1), 1, np.uint8)
+    train = np.repeat(samples, 40, axis=0)
+    for i, image in enumerate(train.reshape(40, 6400)):
+        image[rng.permutation(6400)[: 1 if i == 23 else 2]] = 2 * rng.integers(2)
+    assert nearest(samples, train, train).train_index == [23]
+
+
 def test_of_equally_near_images_the_first_is_named(monkeypatch):
     monkeypatch.setattr(scores, "CHUNK_IMAGES", 4)
     some = pictures(0, 6)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int, Num
+from jaxtyping import Float, Float32, Float64, Int, Num, UInt8
 
 from dblocks_jax.run.errors import UserError
 
@@ -273,13 +273,14 @@ def _nearest_index(queries: Images, images: Images, *, other: bool = False) -> I
     By |image|^2 - 2 image.query, which orders as the distance does, and is exact for uint8.
     """
     pixels = int(np.prod(images.shape[1:]))
+    exact = queries.dtype == images.dtype == np.uint8
     found = np.zeros(len(queries), np.int64)
     for rows in _chunks(len(queries), pixels):
         best = np.full(rows.stop - rows.start, np.inf)
-        asked = _rows(queries[rows])
+        asked = _centred(queries[rows]) if exact else _rows(queries[rows])
         for columns in _chunks(len(images), pixels):
-            offered = _rows(images[columns])
-            order = np.sum(offered**2, axis=1) - 2 * (asked @ offered.T)
+            offered = _centred(images[columns]) if exact else _rows(images[columns])
+            order = np.sum(offered**2, axis=1, dtype=np.float64) - 2 * _products(asked, offered)
             if other and rows == columns:  # both are cut into the same chunks
                 np.fill_diagonal(order, np.inf)
             at = order.argmin(axis=1)
@@ -287,6 +288,21 @@ def _nearest_index(queries: Images, images: Images, *, other: bool = False) -> I
             found[rows] = np.where(values < best, columns.start + at, found[rows])
             best = np.minimum(best, values)
     return found
+
+
+def _centred(images: UInt8[np.ndarray, "n ..."]) -> Float32[np.ndarray, "n pixels"]:
+    """Distances do not change, and a product of two pixels is at most 2^14."""
+    return images.reshape(len(images), -1).astype(np.float32) - 128
+
+
+def _products(a: Float[np.ndarray, "n pixels"], b: Float[np.ndarray, "m pixels"]) -> Float64[np.ndarray, "n m"]:
+    """a @ b.T. Of `_centred` rows it is exact, at twice the speed of float64: 2^10 products add up to 2^24 at most, and
+    up to there float32 has every whole number."""
+    size = a.shape[1] if a.dtype == np.float64 else 2**10
+    total = np.zeros((len(a), len(b)))
+    for start in range(0, a.shape[1], size):
+        total += a[:, start : start + size] @ b[:, start : start + size].T
+    return total
 
 
 def _distances(a: Images, b: Images) -> Float64[np.ndarray, " n"]:
