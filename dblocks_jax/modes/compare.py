@@ -20,7 +20,7 @@ from dblocks_jax.pages import charts
 from dblocks_jax.pages.figures import Figure
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.naming import shown
-from dblocks_jax.tasks.table import SHOWN
+from dblocks_jax.tasks.shown import SHOWN
 from dblocks_jax.tasks.task import Entry
 
 PAGE = "compare.html"

@@ -15,7 +15,8 @@ from dblocks_jax.run.errors import UserError, brief
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.results import read_result
 from dblocks_jax.run.workdir import CONFIG, DATA, logged, read_saved
-from dblocks_jax.tasks.table import SHOWN, entry_of
+from dblocks_jax.tasks.shown import SHOWN
+from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.tasks.task import Entry
 from dblocks_jax.training.config import FREE_TO_CHANGE, complete, count_steps
 

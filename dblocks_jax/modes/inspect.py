@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from dblocks_jax.pages.template import write_page
 from dblocks_jax.run.devices import on_cpu
-from dblocks_jax.tasks.table import SHOWN, entry_of
+from dblocks_jax.tasks.shown import SHOWN
+from dblocks_jax.tasks.table import entry_of
 from dblocks_jax.training.config import arithmetic, check_config, count_steps
 from dblocks_jax.training.overview import describe_shares, num_parameters
 from dblocks_jax.training.setting import new_model

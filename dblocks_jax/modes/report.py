@@ -25,7 +25,7 @@ from dblocks_jax.tasks import text_report
 from dblocks_jax.tasks.classify import report as classify_report
 from dblocks_jax.tasks.generate import report as generate_report
 from dblocks_jax.tasks.mask import report as mask_report
-from dblocks_jax.tasks.table import SHOWN
+from dblocks_jax.tasks.shown import SHOWN
 from dblocks_jax.training.config import arithmetic
 from dblocks_jax.training.overview import describe_shares, num_parameters
 

@@ -3,27 +3,14 @@
 from ml_collections import ConfigDict
 
 from dblocks_jax.run.errors import UserError
-from dblocks_jax.tasks.classify import show as show_classify
 from dblocks_jax.tasks.classify.task import CLASSIFY
-from dblocks_jax.tasks.generate import show as show_generate
 from dblocks_jax.tasks.generate.task import GENERATE
-from dblocks_jax.tasks.mask import show as show_mask
 from dblocks_jax.tasks.mask.task import MASK
-from dblocks_jax.tasks.next_token import show as show_next_token
 from dblocks_jax.tasks.next_token.task import NEXT_TOKEN
-from dblocks_jax.tasks.recurrent import show as show_recurrent
 from dblocks_jax.tasks.recurrent.task import RECURRENT
 from dblocks_jax.tasks.task import Entry
 
 TASKS = {entry.name: entry for entry in (CLASSIFY, GENERATE, MASK, NEXT_TOKEN, RECURRENT)}
-# task -> what a person sees of it
-SHOWN = {
-    "classify": show_classify,
-    "generate": show_generate,
-    "mask": show_mask,
-    "next_token": show_next_token,
-    "recurrent": show_recurrent,
-}
 
 
 def entry_of(config: ConfigDict, own: Entry | None = None) -> Entry:
