@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,7 @@ def make_train_step(
         (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return grads, {"loss": loss, **metrics}
 
+    @partial(jax.jit, inline=True)  # so that Python runs it once, for its shapes and for the loop
     def one_step(parts: tuple[Part, ...], batch: Any, steps: Steps, i) -> tuple[tuple[Part, ...], Metrics]:
         params = tuple(part.params for part in parts)
         if placed is not None:  # else XLA would cut the network's own arrays as it finds its parameters cut
