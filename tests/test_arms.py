@@ -48,6 +48,11 @@ def test_the_interval_is_welchs():
     assert difference([1.0, 1.0], [3.0, 3.0], 2) == (-2, -2, -2)
 
 
+def test_differences_too_small_to_be_squared_have_an_interval():
+    large, tiny = (difference([1 * unit, 3 * unit], [2 * unit, 5 * unit], 2) for unit in (1.0, 1e-85))
+    assert tiny == pytest.approx(tuple(1e-85 * each for each in large), rel=1e-12, abs=0)
+
+
 def test_of_more_arms_less_is_told_apart():
     """Three make three pairs, each of which may be wrong in a third of 5 %: 7.6488 in Student's table."""
     _, low, high = difference([0.0, 2.0], [10.0, 12.0], 3) or (0, 0, 0)

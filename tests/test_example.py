@@ -1,12 +1,16 @@
 """A stranger's network and task, outside the package, trained by our trainer."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import dblocks_jax
 from dblocks_jax.data.arrays import ArrayData
+from dblocks_jax.run.devices import to_host
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.run.workdir import logged
 from dblocks_jax.training.heldout import held_out_loss
@@ -48,6 +52,17 @@ def test_samples_lie_where_points_do(trained):
     assert np.asarray(points).std() < 1.0
     with Image.open(workdir / "spirals.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 3
+
+
+def test_blocks_that_rest_on_the_host_answer_on_the_device(trained):
+    """As those do of a run with idle_blocks=host."""
+    _, model, _ = trained
+    resting = replace(model, params=to_host(model.params))
+    for name, leaves in resting.params.items():
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(leaves)} == {"pinned_host"}, name
+    for module, expected in zip(resting.together(1), model.together(1), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(module), nnx.state(expected))
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(nnx.state(module))} == {"device"}
 
 
 def test_it_goes_on_where_it_stands(trained):

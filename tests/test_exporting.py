@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax.modes import demo
-from dblocks_jax.modes.export import export_run, on_record
+from dblocks_jax.modes.export import PROGRAMS, export_run, largest_difference, on_record, write_weights
 from dblocks_jax.modes.load import load_classifier, load_trained
 from dblocks_jax.modes.train import train
 from dblocks_jax.run.errors import UserError
@@ -113,6 +113,20 @@ def test_what_is_handed_on_tells_nothing_of_the_machine_and_is_for_everybody(exp
         for private in ("/home/somebody", str(ROOT), str(Path(sys.executable).parents[1]), str(exported[0].parent)):
             assert private.encode() not in content, path
     assert len({path.stat().st_mode for path in paths}) == 1  # the umask's, whichever library wrote it
+
+
+def test_where_a_run_began_and_who_judged_it_is_not_handed_on(exported, tmp_path):
+    trained = load_classifier(exported[0]).trained
+    places = {"begin_from": "/home/somebody/run", "judge": "/home/somebody/judge"}
+    write_weights(replace(trained, config=ConfigDict({**trained.config.to_dict(), **places})), tmp_path)
+    assert all(b"somebody" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_an_export_whose_program_gives_no_numbers_is_noticed(exported, monkeypatch):
+    trained = load_classifier(exported[0]).trained
+    monkeypatch.setattr(PROGRAMS["classify"], "difference", lambda *_: float("nan"))
+    with pytest.raises(RuntimeError, match="they differ by nan"):
+        largest_difference(trained, exported[0] / "export")
 
 
 def test_the_accuracy_is_that_of_the_sampler_which_is_exported(exported, tmp_path):

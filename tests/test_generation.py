@@ -31,13 +31,14 @@ from dblocks_jax.modes.train import train
 from dblocks_jax.modes.usefulness import accuracy_after_training, check_trains_on_samples, train_on_samples
 from dblocks_jax.pages.findings import held_out_curves
 from dblocks_jax.run.errors import Diverged, Unsaved, UserError
-from dblocks_jax.run.workdir import finish
+from dblocks_jax.run.workdir import claim, finish
 from dblocks_jax.tasks.classify.task import CLASSIFY
 from dblocks_jax.tasks.generate.pictures import grid
 from dblocks_jax.tasks.generate.report import after_each_block, first_of_each
 from dblocks_jax.tasks.generate.sampler import make_sampler, sampler_plan
 from dblocks_jax.tasks.generate.task import GENERATE
 from dblocks_jax.tasks.images import find_dataset
+from dblocks_jax.training.config import check_config
 
 TINY = {
     "num_layers": 2, "num_blocks": 2, "hidden_size": 12, "num_heads": 2, "intermediate_size": 16, "batch_size": 600,
@@ -273,6 +274,57 @@ def test_training_on_samples_that_there_will_not_be_is_one_line(run):
         check_trains_on_samples(CLASSIFY, run[0])
     with pytest.raises(UserError, match="--train_on_samples needs samples: set score_samples"):
         check_trains_on_samples(GENERATE, ConfigDict({**run[0].to_dict(), "score_samples": 0}))
+
+
+def test_a_judge_that_cannot_judge_is_noticed_before_training(run, tmp_path):
+    for judge_, changes, message in (
+        (run[1], {}, "holds a model of the task generate, not of classify"),
+        (judge_of(run), {"image_size": 4}, r"must be a plain classifier \(model_type=vit\) of images of \(4, 4\)"),
+        (tmp_path, {}, "holds no run"),
+    ):
+        config = ConfigDict({**run[0].to_dict(), "judge": str(judge_), **changes})
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "new", command=[], overrides={})
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_judge_that_another_run_trains_is_waited_for(run, monkeypatch):
+    """Its result comes while that run holds the folder, and is taken as it is."""
+    folder = judge_of(run)
+    result = (folder / "train.json").read_text()
+    (folder / "train.json").unlink()
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        (folder / "train.json").write_text(result)
+
+    monkeypatch.setattr(judge.time, "sleep", sleep)
+    trained = load_trained(run[1])
+    with claim(folder):
+        found = judge.find_judge(trained.config, trained.card, 1437, run[1].parent)
+    assert len(waited) == 1 and found.describe() == run[2]["judge"]
+
+
+def test_blocks_without_noise_are_refused():
+    """Equal widths of ln sigma put the last of twelve blocks 13 deviations below the median: 1e-40 of the draws."""
+    config = dit_digits.get_config()
+    config.update(num_layers=12, num_blocks=12, partition="log", p_mean=1.0, p_std=1.0, sigma_min=1e-6, grow_at=())
+    with pytest.raises(UserError, match="put no noise into the share of block 11: take fewer blocks"):
+        check_config(GENERATE, config)
+
+
+def test_too_few_real_images_to_score_samples_by_are_noticed_before_training(tmp_path):
+    for split, count in (("train", 2), ("test", 1)):
+        for name in "ab":
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (8, 8), i).save(tmp_path / "images" / split / name / f"{i}.png")
+    config = dit_digits.get_config()
+    config.update(TINY | {"dataset": "folder", "data_dir": str(tmp_path / "images"), "batch_size": 2})
+    with pytest.raises(UserError, match="scores of samples need 4 training and test images: set score_samples=0"):
+        train(config, tmp_path / "new", command=[], overrides={})
+    assert not (tmp_path / "new").exists()
 
 
 def test_generators_are_ranked_by_loss_beside_classifiers(run, tmp_path, capsys):

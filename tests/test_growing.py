@@ -323,8 +323,11 @@ def test_a_checkpoint_of_an_early_stage_is_the_smaller_model(tmp_path):
     assert (small.config.num_blocks, small.config.num_layers, small.blueprint.num_blocks) == (1, 1, 1)
     assert (large.config.num_blocks, large.config.num_layers, large.blueprint.num_blocks) == (2, 2, 2)
     assert small.params.keys() == {"shared", "block_0"} and small.task.corruption.num_blocks == 1
-    scored = evaluate_run(config, tmp_path, overrides={}, checkpoint="2")
+    command = {"num_blocks": 2, "num_layers": 2, "grow_at": (0.5,)}  # which trained it
+    scored = evaluate_run(config, tmp_path, overrides=command, checkpoint="2")
     assert scored["checkpoint"] == 2 and scored["loss_by_block"] == [scored["loss"]]
+    with pytest.raises(UserError, match="num_blocks=3 contradicts the checkpoint, which was trained with 1"):
+        evaluate_run(config, tmp_path, overrides={"num_blocks": 3}, checkpoint="2")
 
 
 # Blocks that begin as another run's.

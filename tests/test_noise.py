@@ -56,6 +56,19 @@ def test_the_noisy_tail_keeps_its_resolution():
     assert len(np.unique(sigma)) > 10_000
 
 
+def test_a_block_far_out_in_a_tail_has_its_share_of_it():
+    """Masses down to 1e-27, which a difference from 1 would lose; equal widths put blocks there."""
+    for p_mean in (-6.0, 6.0):
+        noise = NoiseDistribution(p_mean=p_mean, p_std=1.0, sigma_min=0.05, sigma_max=20.0)
+        z = (np.log(np.geomspace(20.0, 0.05, 7)) - p_mean) / 1.0
+        for within, high, low in zip(training_ranges(noise, np.exp(z + p_mean), 0.0), z[:-1], z[1:], strict=True):
+            tail = stats.norm.cdf if p_mean > 0 else stats.norm.sf
+            expected = abs(tail(high) - tail(low))
+            np.testing.assert_allclose(within.mass, expected, rtol=1e-6)
+            sigma = np.asarray(sample_sigma(jax.random.key(0), 2000, within, p_mean=p_mean, p_std=1.0))
+            assert len(np.unique(sigma)) > 1900
+
+
 @given(st.floats(0.002, 79.9), st.integers(1, 12))
 def test_a_sigma_belongs_to_the_block_whose_interval_holds_it(sigma, num_blocks):
     edges = block_edges(NOISE, num_blocks)

@@ -175,6 +175,12 @@ def finished(folder: Path, top1: float, result: dict | None = None, **config) ->
     return folder
 
 
+@pytest.mark.parametrize("field", ["num_blocks", "num_layers"])
+def test_a_number_of_blocks_that_is_no_number_is_named(tmp_path, field):
+    with pytest.raises(UserError, match=r"the files in .*a are not what a run writes \(Type"):
+        compare([finished(tmp_path / "a", 0.5, **{field: "x"})], tmp_path / "out")
+
+
 def test_runs_that_differ_in_their_seed_are_one_setting(tmp_path, capsys):
     runs = [
         finished(tmp_path / "a", 0.5, seed=1, num_blocks=2),

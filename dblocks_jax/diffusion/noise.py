@@ -95,8 +95,10 @@ def _widened_range(noise: NoiseDistribution, low: float, high: float, gamma: flo
     margin = gamma * math.log(high / low)
     low = max(low * math.exp(-margin), noise.sigma_min)
     high = min(high * math.exp(margin), noise.sigma_max)
-    below, above = ndtr(noise.standardize(low)), ndtr(-noise.standardize(high))
-    return SigmaRange(*(np.float32(value) for value in (low, high, below, above, 1.0 - below - above)))
+    z_low, z_high = noise.standardize(low), noise.standardize(high)
+    # From the tail that is nearer: beside 1 a tiny mass has no digits left.
+    mass = ndtr(z_high) - ndtr(z_low) if z_high < 0 else ndtr(-z_low) - ndtr(-z_high)
+    return SigmaRange(*(np.float32(value) for value in (low, high, ndtr(z_low), ndtr(-z_high), mass)))
 
 
 def sample_sigma(

@@ -65,9 +65,8 @@ def difference(values: Sequence[float], others: Sequence[float], num_arms: int) 
     parts = [statistics.variance(each) / len(each) for each in (values, others)]
     if sum(parts) == 0:
         return Interval(found, found, found)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(each) - 1) for part, each in zip(parts, (values, others), strict=True)
-    )
+    shares = [part / sum(parts) for part in parts]  # the square of a tiny part would be 0
+    freedom = 1 / sum(share**2 / (len(each) - 1) for share, each in zip(shares, (values, others), strict=True))
     outside = (1 - CONFIDENCE) / math.comb(num_arms, 2)
     half = float(student.ppf(1 - outside / 2, freedom)) * math.sqrt(sum(parts))
     return Interval(found, found - half, found + half)

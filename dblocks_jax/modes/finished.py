@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ class Run:
             [self.data, *(f"{self.result[key]:,} {what}" for key, what in COUNTED.items() if key in self.result)]
         )
 
+    @property
+    def arm(self) -> Arm | None:
+        """What it is made of, as far as its config and its result tell."""
+        layers, steps = self.config.get("num_layers"), self.result.get("step")
+        if layers is None or steps is None:
+            return None
+        config = ConfigDict(self.config)
+        num_blocks = self.entry.num_blocks(config)
+        return Arm(
+            num_layers=index(layers),
+            num_blocks=index(num_blocks),
+            steps=index(steps),
+            is_plain=num_blocks == 1 and config.get("model_type") == self.entry.plain(config).get("model_type"),
+            is_grown=bool(config.grow_at or config.begin_from),
+            others={field: config.get(field) for field in ALIKE},
+        )
+
 
 @dataclass(frozen=True)
 class Group:
@@ -87,21 +105,8 @@ class Group:
 
     @property
     def arm(self) -> Arm | None:
-        """What its first run is made of, as far as its config and its result tell."""
-        run = (self.runs or self.diverged)[0]
-        layers, steps = run.config.get("num_layers"), run.result.get("step")
-        if layers is None or steps is None:
-            return None
-        entry, config = run.entry, ConfigDict(run.config)
-        num_blocks = entry.num_blocks(config)
-        return Arm(
-            num_layers=layers,
-            num_blocks=num_blocks,
-            steps=steps,
-            is_plain=num_blocks == 1 and config.get("model_type") == entry.plain(config).get("model_type"),
-            is_grown=bool(config.grow_at or config.begin_from),
-            others={field: config.get(field) for field in ALIKE},
-        )
+        """That of its first run."""
+        return (self.runs or self.diverged)[0].arm
 
     def by_seed(self, metric: str) -> list[float]:
         """Of each seed that has such a figure the mean of its runs."""
@@ -157,7 +162,7 @@ def _read(workdir: Path) -> Run:
         report = {}
     by_num_steps = {int(count): accuracy for count, accuracy in report.get("accuracy_by_num_steps", {}).items()}
     run = Run(workdir, entry, config, result, by_num_steps, SHOWN[entry.name].curve(logged(workdir)))
-    hash((run.dataset, config.get("seed")))  # what is missing is missed here
+    hash((run.dataset, config.get("seed"), run.arm is None))  # what is missing, or no number, is noticed here
     return run
 
 

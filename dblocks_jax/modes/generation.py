@@ -14,8 +14,8 @@ from dblocks_jax.run.errors import Diverged
 from dblocks_jax.run.files import saving
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pictures import write_grid
-from dblocks_jax.tasks.generate.report import Made
 from dblocks_jax.tasks.generate.scores import (
+    Made,
     Moments,
     frechet_distance,
     kernel_distance,
@@ -59,15 +59,16 @@ def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     real, held_out = train.images(np.arange(len(train))), test.images(np.arange(len(test)))
     judge = find_judge(config, card, len(train), workdir.parent)
     spoiled = noised(held_out)
-    _, answers = judge(images)
+    features, answers = judge(images)
     found: dict[str, Any] = {
         "num_samples": count,
         "sampled_with": {name: config[name] for name in ("num_inference_steps", "solver", "cfg_scale")},
         "judge": judge.describe(),
         "accuracy_of_samples": float(np.mean(answers == labels)),
     }
-    for name, features in (("judge", lambda pixels: judge(pixels)[0]), ("pixels", pixel_features(real))):
-        found |= distances(name, features(images), features(real), features(held_out), features(spoiled))
+    found |= distances("judge", features, *(judge(each)[0] for each in (real, held_out, spoiled)))
+    components = pixel_features(real)
+    found |= distances("pixels", *(components(each) for each in (images, real, held_out, spoiled)))
     copies = nearest(images, real, held_out)
     found |= {
         "nearest_ratio": copies.ratio,

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import time
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ml_collections import ConfigDict
 from dblocks_jax.data.augment import normalize
 from dblocks_jax.data.datasets import Card
 from dblocks_jax.modes.load import Trained, load_trained, only
-from dblocks_jax.run.errors import UserError
+from dblocks_jax.run.errors import InUse, UserError
 from dblocks_jax.run.files import saving, write_json
 from dblocks_jax.run.workdir import CONFIG, read_saved
 from dblocks_jax.tasks.classify.task import CLASSIFY
@@ -25,6 +27,7 @@ from dblocks_jax.training.config import arithmetic
 
 STEPS, FEWEST_EPOCHS, BATCH = 1200, 10, 128
 MOST_PATCHES = 7  # to a side
+SECONDS_BETWEEN_LOOKS = 5.0  # at a judge that another run trains
 # The plain transformer that judges: small, and the same whatever is judged.
 FIELDS: dict[str, Any] = {
     "task": "classify", "model_type": "vit", "pool": "mean", "open_gates": False, "dropout": 0.0,
@@ -50,8 +53,9 @@ class Judge:
     trained: Trained
     folder: Path
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
-        """(what its head reads of each, its answer)."""
+    @cached_property
+    def look(self) -> Any:
+        """(parameters, images) -> (features, answers), compiled."""
         card, blueprint = self.trained.card, self.trained.blueprint
 
         @jax.jit
@@ -60,12 +64,16 @@ class Judge:
             features = model.features(normalize(images, card.mean, card.std))
             return features, jax.numpy.argmax(model.head(features), axis=-1)
 
+        return look
+
+    def __call__(self, images: UInt8[np.ndarray, "n h w c"]) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+        """(what its head reads of each, its answer)."""
         size = min(len(images), self.trained.config.eval_batch_size)
         found = []
         with arithmetic(self.trained.config):
             for start in range(0, len(images), size):
                 places = np.minimum(np.arange(start, start + size), len(images) - 1)
-                found.append(jax.device_get(look(self.trained.params, images[places])))
+                found.append(jax.device_get(self.look(self.trained.params, images[places])))
         features, answers = (np.concatenate(each)[: len(images)] for each in zip(*found, strict=True))
         return features, answers
 
@@ -93,13 +101,24 @@ def judge_config(config: ConfigDict, num_images: int) -> ConfigDict:
 
 
 def check_judge(config: ConfigDict) -> None:
-    """Refuse a judge that is not there, before anything is trained.
+    """Refuse a judge that is none of such images, as far as is known before anything is trained.
 
     Raises:
-      UserError: the folder that is named holds no finished run.
+      UserError: the folder that is named holds no plain classifier, or one of images of another size.
     """
-    if config.judge and read_saved(Path(os.path.expanduser(config.judge)), CONFIG) is None:
-        raise UserError(f"judge={config.judge} holds no run: name a plain classifier's, or none for ours")
+    if config.judge:
+        folder = Path(os.path.expanduser(config.judge))
+        if read_saved(folder, CONFIG) is None:
+            raise UserError(f"judge={config.judge} holds no run: name a plain classifier's, or none for ours")
+        _load(folder, (config.image_size, config.image_size))
+
+
+def _load(folder: Path, size: tuple[int, ...]) -> Trained:
+    """A plain classifier of images that have these sizes first."""
+    trained = only(load_trained(folder), folder, CLASSIFY)
+    if trained.config.model_type != "vit" or trained.card.image_shape[: len(size)] != size:
+        raise UserError(f"judge={folder} must be a plain classifier (model_type=vit) of images of {size}")
+    return trained
 
 
 def _place(config: ConfigDict) -> str:
@@ -120,14 +139,17 @@ def find_judge(config: ConfigDict, card: Card, num_images: int, beside: Path) ->
     else:
         folder = beside / f"judge_{config.dataset}_{config.image_size}{_place(config)}"
         wanted = judge_config(config, num_images)
-        if "top1" not in (read_saved(folder, "train.json") or {}):  # it is not there, or was ended early
-            logging.info("training the classifier that judges, in %s", folder)
-            result = loop.train(CLASSIFY, wanted, folder)
+        while "top1" not in (read_saved(folder, "train.json") or {}):  # it is not there, or was ended early
+            logging.log_every_n_seconds(logging.INFO, "training the classifier that judges, in %s", 60, folder)
+            try:
+                result = loop.train(CLASSIFY, wanted, folder)
+            except InUse as error:
+                logging.log_every_n_seconds(logging.INFO, "waiting for the classifier that judges: %s", 60, error)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                continue
             with saving(folder):
                 write_json(folder / "train.json", result)
-    trained = only(load_trained(folder), folder, CLASSIFY)
-    if trained.config.model_type != "vit" or trained.card.image_shape != card.image_shape:
-        raise UserError(f"judge={folder} must be a plain classifier (model_type=vit) of images of {card.image_shape}")
+    trained = _load(folder, card.image_shape)
     if trained.card.class_names != card.class_names:
         raise UserError(f"judge={folder} knows other classes than those that are generated")
     return Judge(trained, folder)

@@ -21,7 +21,7 @@ from dblocks_jax.models.blueprint import Blueprint, Params
 from dblocks_jax.run.arrays import describe, differences
 from dblocks_jax.run.checkpoint import FOLDER, Checkpoints
 from dblocks_jax.run.checks import check_fits_host
-from dblocks_jax.run.devices import make_mesh, replicated
+from dblocks_jax.run.devices import make_mesh, replicated, to_device
 from dblocks_jax.run.errors import Unusable, UserError, brief, naming_malformed
 from dblocks_jax.run.naming import shown
 from dblocks_jax.run.regular import check_regular
@@ -62,8 +62,8 @@ class Trained:
     params: dict[str, Params] = field(repr=False)  # by part
 
     def together(self, block: int) -> tuple[Any, ...]:
-        """The modules that answer together at a block's levels: what is shared, and the block."""
-        return self.blueprint.together([self.params[name] for name in self.blueprint.names(block)])
+        """The modules that answer together at a block's levels, on the device: what is shared, and the block."""
+        return self.blueprint.together([to_device(self.params[name]) for name in self.blueprint.names(block)])
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def load_run(
         with naming_malformed(f"what checkpoint {step} of {workdir} tells of its run"):
             entry = entry_of(ConfigDict(complete(run["config"])), own)
             given = ConfigDict(run["config"]) if config is None else config
-            merged = for_evaluation(entry, run["config"], overrides or {}, given)
+            merged = for_evaluation(entry, run["config"], overrides or {}, given, asked=of_folder)
             check_config(entry, merged)
             blocks = trained_blocks(entry, merged)
             if len(blocks) < entry.num_blocks(merged):

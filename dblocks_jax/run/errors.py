@@ -34,6 +34,10 @@ class Unusable(UserError):
     """A checkpoint that cannot be used: damaged, of another model, or of another version of this program."""
 
 
+class InUse(UserError):
+    """Another run holds the folder."""
+
+
 class Unsaved(Exception):
     """The run went on, but something of it could not be written: it is named, and what was there before is intact."""
 

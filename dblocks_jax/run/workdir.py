@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from dblocks_jax.run.errors import NOT_FINITE, Diverged, Unsaved, UserError, brief
+from dblocks_jax.run.errors import NOT_FINITE, Diverged, InUse, Unsaved, UserError, brief
 from dblocks_jax.run.files import Journal, finite, reason, write_json, write_whole
 from dblocks_jax.run.processes import is_first
 
@@ -56,7 +56,8 @@ def claim(workdir: Path) -> Iterator[None]:
     """Keep other runs out of the folder, which is made if need be. The system ends the claim with the process.
 
     Raises:
-      UserError: another run holds it, which is named; or the folder cannot be written.
+      InUse: another run holds it, which is named.
+      UserError: the folder cannot be written.
     """
     if not is_first():
         yield
@@ -72,7 +73,7 @@ def claim(workdir: Path) -> Iterator[None]:
                 logging.warning("%s is on a disk without locks: see to it yourself that no other run uses it", workdir)
             else:
                 file.seek(0)
-                raise UserError(
+                raise InUse(
                     f"{workdir} is in use by another run: {file.read().strip() or 'it does not say which'}. "
                     "Wait for it, or set --workdir or --config.postfix for a run of its own"
                 ) from None

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dblocks_jax.diffusion.gaussian import Gaussian
@@ -49,7 +50,7 @@ def check_guidance(config: ConfigDict) -> None:
     check_fields(config, types=GUIDANCE, not_negative=("cfg_scale",), below_one=("class_dropout_prob",))
 
 
-def check_noise(config: ConfigDict) -> None:
+def check_noise(config: ConfigDict, partition: Literal["mass", "log"] = "mass") -> None:
     """Refuse noise that cannot be shared out among the blocks.
 
     Raises:
@@ -67,6 +68,13 @@ def check_noise(config: ConfigDict) -> None:
         raise UserError(
             f"p_mean={config.p_mean}, p_std={config.p_std} put almost no noise between sigma_min={config.sigma_min} "
             f"and sigma_max={config.sigma_max}: it cannot be shared out among {config.num_blocks} blocks"
+        )
+    shares = gaussian(config, partition).shares
+    poorest = min(range(config.num_blocks), key=lambda block: shares[block].mass)
+    if shares[poorest].mass < np.finfo(np.float32).tiny:  # float32 has no such levels to draw
+        raise UserError(
+            f"p_mean={config.p_mean}, p_std={config.p_std} put no noise into the share of block {poorest}: take fewer "
+            "blocks, a wider p_std, or partition=mass"
         )
 
 

@@ -222,10 +222,17 @@ def _length(value: int) -> float:
     return float(value or math.inf)
 
 
-def for_evaluation(entry: Entry, saved: dict[str, Any], overrides: dict[str, Any], config: ConfigDict) -> ConfigDict:
+def for_evaluation(
+    entry: Entry,
+    saved: dict[str, Any],
+    overrides: dict[str, Any],
+    config: ConfigDict,
+    asked: dict[str, Any] | None = None,
+) -> ConfigDict:
     """The config of a saved run, with the sampler and evaluation fields given on the command line.
 
-    `config` supplies fields that an older run did not have; everything else comes from the checkpoint.
+    `config` supplies fields that an older run did not have; everything else comes from the checkpoint. `asked` is the
+    config of the whole run, which an override may repeat: a checkpoint from before a division is of fewer blocks.
 
     Raises:
       UserError: an override contradicts how the model was trained.
@@ -235,7 +242,10 @@ def for_evaluation(entry: Entry, saved: dict[str, Any], overrides: dict[str, Any
     for field, value in overrides.items():
         if field in free:
             result[field] = value
-        elif field not in ("num_epochs", "max_steps") and _as_saved(result.get(field)) != _as_saved(value):
+        elif field not in ("num_epochs", "max_steps", "begin_from") and _as_saved(value) not in (
+            _as_saved(result.get(field)),
+            (asked or {}).get(field),
+        ):
             raise UserError(
                 f"--config.{field}={value!r} contradicts the checkpoint, which was trained with {result.get(field)!r}; "
                 f"evaluation takes {', '.join(free)}"

@@ -18,6 +18,7 @@ POSITIVE = ("num_inference_steps", "latent_scale")
 NOT_NEGATIVE = ("score_samples",)
 LARGEST = {"score_samples": 1_000_000}
 LEAST_SAMPLES = 100  # fewer say nothing
+LEAST_REAL = 4  # a kernel distance is between halves of a split's images, and takes two of each
 # Fields that only the sampler and the scores read: a trained model may be used with others.
 SAMPLER_FIELDS = ("num_inference_steps", "sampler_spacing", "solver", "cfg_scale", "score_samples", "judge")
 LATENTS = "latents"
@@ -45,7 +46,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"score_samples must be 0, for no scores of samples, or at least {LEAST_SAMPLES}")
     if config.dataset == LATENTS and (config.flip or config.crop_padding):
         raise UserError("latents cannot be cropped or flipped: set flip=False and crop_padding=0")
-    check_noise(config)
+    check_noise(config, config.partition)
     check_fits_host(config, images.weights_of_transformer(config), num_blocks(config))
 
 
@@ -89,7 +90,11 @@ def architecture(config: ConfigDict, card: Card) -> DiTArchitecture:
 def find_data(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """Images, or latents of images."""
     if config.dataset != LATENTS:
-        return images.find_dataset(config, may_prepare=may_prepare)
+        found = images.find_dataset(config, may_prepare=may_prepare)
+        fewest = min(len(found.split(split)) for split in ("train", "test"))
+        if config.score_samples and fewest < LEAST_REAL:
+            raise UserError(f"scores of samples need {LEAST_REAL} training and test images: set score_samples=0")
+        return found
     return load_latents(config.data_dir, scale=config.latent_scale, val_fraction=config.val_fraction, seed=config.seed)
 
 

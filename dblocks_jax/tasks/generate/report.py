@@ -14,7 +14,7 @@ from dblocks_jax.pages.pictures import data_uri
 from dblocks_jax.tasks.generate.config import LATENTS
 from dblocks_jax.tasks.generate.pixels import to_pixels
 from dblocks_jax.tasks.generate.sampler import Sampler, make_sampler, sampler_plan
-from dblocks_jax.tasks.generate.scores import Nearest
+from dblocks_jax.tasks.generate.scores import Made
 from dblocks_jax.tasks.generate.task import Generate
 
 CLASSES, OF_A_CLASS = 20, 10  # samples that are shown
@@ -27,14 +27,6 @@ DISTANCES = (
     ("frechet_pixels", "Fréchet distance in principal components of the pixels"),
     ("kid_pixels", "kernel distance in principal components of the pixels"),
 )
-
-
-class Made(NamedTuple):
-    """Samples that were scored. Sample i has class labels[i] and the noise of position i."""
-
-    images: UInt8[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, " n"]
-    copies: Nearest
 
 
 class Stage(NamedTuple):

@@ -248,6 +248,14 @@ def nearest(samples: Images, train: Images, test: Images) -> Nearest:
     )
 
 
+class Made(NamedTuple):
+    """Samples that were scored. Sample i has class labels[i] and the noise of position i."""
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"]
+    copies: Nearest
+
+
 def noised(images: Images, sigma: float = 0.5, seed: int = 0) -> Images:
     """Images with normal noise, for a score's ceiling; of the same type.
 
