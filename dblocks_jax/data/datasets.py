@@ -55,7 +55,7 @@ def load_dataset(
     if name not in NAMES:
         close = get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"there is no dataset {name!r}: {hint}Known are {', '.join(NAMES)}")
+        raise UserError(f"there is no dataset {name!r}: {hint}Known are {', '.join(NAMES)}, and, to generate, latents")
     root = Path(os.path.expanduser(data_dir))  # ~nobody stays as it is
     if name == "folder":
         return load_folder(root, image_size, val_fraction, seed)

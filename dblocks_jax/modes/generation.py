@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Num
 
 from dblocks_jax.modes.judge import find_judge
@@ -43,6 +44,8 @@ def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """
     config, card = trained.config, trained.card
     count = config.score_samples
+    if count and config.dataset == LATENTS:
+        logging.warning("samples of latents are not scored here: decode those of --mode=sample and score the images")
     if count == 0 or config.dataset == LATENTS:
         return Scored({}, None)
     train, test = data.split("train"), data.split("test")
@@ -53,9 +56,11 @@ def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
         return Scored({"diverged": True}, None)
     rows = [np.flatnonzero(labels == label)[:A_CLASS] for label in range(min(CLASSES, len(card.class_names)))]
     columns = min(map(len, rows))
+    picture = workdir / PICTURE
     if columns:
-        with saving(workdir / PICTURE):
-            write_grid(workdir / PICTURE, images[np.concatenate([row[:columns] for row in rows])], columns)
+        with saving(picture):
+            write_grid(picture, images[np.concatenate([row[:columns] for row in rows])], columns)
+        logging.info("samples by class: %s", picture)
     real, held_out = train.images(np.arange(len(train))), test.images(np.arange(len(test)))
     judge = find_judge(config, card, len(train), workdir.parent)
     spoiled = noised(held_out)
@@ -65,6 +70,7 @@ def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
         "sampled_with": {name: config[name] for name in ("num_inference_steps", "solver", "cfg_scale")},
         "judge": judge.describe(),
         "accuracy_of_samples": float(np.mean(answers == labels)),
+        **({"picture": str(picture)} if columns else {}),
     }
     found |= distances("judge", features, *(judge(each)[0] for each in (real, held_out, spoiled)))
     components = pixel_features(real)
