@@ -88,8 +88,8 @@ def test_a_killed_run_ends_in_the_same_bits(undisturbed, tmp_path):
     assert steps == list(range(5, 81, 5))
 
 
-def test_a_signal_saves_the_step_and_ends_with_75(undisturbed, tmp_path):
-    workdir = tmp_path / "run"
+def stopped(workdir: Path) -> int:
+    """The step at which a signal ended a run of `FEW`, after it was saved."""
     with started(*command(workdir, **FEW, log_every_n_steps=1, save_every_n_epochs=20)) as process:
         wait_until(lambda: len(logged(workdir)) > 1)
         asked = time.monotonic()
@@ -99,6 +99,17 @@ def test_a_signal_saves_the_step_and_ends_with_75(undisturbed, tmp_path):
     assert time.monotonic() - asked < 10
     step = saved_steps(workdir)[-1]
     assert 0 < step < 80 and f"stopped at step {step} of 80: the same command goes on" in errors.splitlines()[-1]
+    return step
+
+
+def test_a_signal_saves_the_step_and_ends_with_75(tmp_path):
+    stopped(tmp_path / "run")
+
+
+@pytest.mark.long  # test_growing.py has one that is killed and goes on, in every run of the suite
+def test_a_run_that_a_signal_ended_goes_on_to_the_same_bits(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    step = stopped(workdir)
     done = finish(*command(workdir, **FEW))
     assert done.returncode == 0, done.stderr
     assert result_of(done)["steps_run"] == 80 - step
