@@ -202,14 +202,6 @@ def test_a_run_that_diverges_says_where_and_keeps_the_checkpoints_before(tmp_pat
     assert group["diverged"] == [str(tmp_path)] and group["accuracy"] == "diverged"
 
 
-def test_a_sound_run_counts_nothing(tmp_path):
-    config = dblock_digits.get_config()
-    config.update(num_layers=2, num_blocks=2, hidden_size=12, num_heads=2, intermediate_size=16, batch_size=700)
-    config.update(max_steps=2, eval_batch_size=360)
-    result = train(config, tmp_path, command=[], overrides={})
-    assert "steps_skipped" not in result and not any("skipped" in line for line in logged(tmp_path))
-
-
 # A model whose answers are not finite, although no step was bad, or too few in a row.
 
 

@@ -130,20 +130,32 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path):
     assert scores[0]["cross_entropy"] == pytest.approx(scores[1]["cross_entropy"], rel=1e-5)
 
 
-def test_the_best_by_validation_is_scored(tmp_path):
-    config = tiny(vit_digits, num_epochs=3, val_fraction=0.2, batch_size=500, save_top_k=1)
-    result = run(config, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+PLAIN = {"num_epochs": 3, "val_fraction": 0.2, "batch_size": 500, "save_top_k": 1}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder, result, lines of its log) of a plain run."""
+    workdir = tmp_path_factory.mktemp("plain")
+    result = run(tiny(vit_digits, **PLAIN), workdir)
+    return workdir, result, [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_best_by_validation_is_scored(plain):
+    _, result, lines = plain
     watched = {line["step"]: line["top1"] for line in lines if line.get("split") == "val"}
     assert len(watched) == 3
     assert watched[result["checkpoint"]] == max(watched.values())
 
 
-def test_a_workdir_of_another_run_is_refused_by_field(tmp_path):
-    config = tiny(vit_digits, num_epochs=1)
-    run(config, tmp_path)
+def test_a_sound_run_counts_no_skipped_steps(plain):
+    _, result, lines = plain
+    assert "steps_skipped" not in result and not any("skipped" in line for line in lines)
+
+
+def test_a_workdir_of_another_run_is_refused_by_field(plain):
     with pytest.raises(UserError) as error:
-        run(tiny(vit_digits, num_epochs=1, lr=0.5, hidden_size=14), tmp_path)
+        run(tiny(vit_digits, **PLAIN, lr=0.5, hidden_size=14), plain[0])
     assert "hidden_size was 12, is 14; lr was 0.003, is 0.5" in str(error.value)
 
 
