@@ -30,6 +30,7 @@ def expected(tmp_path_factory) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "changes",
     [
+        {},
         {"log_every_n_steps": 1000, "save_every_n_epochs": 1000, "steps_per_call": 50},  # next to no logs or scores
         pytest.param(
             {"eval_batch_size": 7, "max_bad_steps": 1, "postfix": "x", "idle_blocks": "host"}, marks=pytest.mark.long

@@ -122,7 +122,8 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path):
 def test_scores_do_not_depend_on_the_batch_size(tmp_path):
     """With starting noise: each image has its own, by its place in the split."""
     config = tiny(dblock_digits, num_epochs=1, init_noise_scale=1.0)
-    run(config, tmp_path)
+    assert "steps_skipped" not in run(config, tmp_path)
+    assert "skipped" not in (tmp_path / "metrics.jsonl").read_text()
     scores = [
         evaluate_run(config, tmp_path, overrides={"eval_batch_size": size}, checkpoint="best") for size in (360, 101)
     ]

@@ -44,9 +44,10 @@ def sample_and_score(trained: Trained, data: Any, workdir: Path) -> Scored:
     """
     config, card = trained.config, trained.card
     count = config.score_samples
-    if count and config.dataset == LATENTS:
+    if count == 0:
+        return Scored({}, None)
+    if config.dataset == LATENTS:
         logging.warning("samples of latents are not scored here: decode those of --mode=sample and score the images")
-    if count == 0 or config.dataset == LATENTS:
         return Scored({}, None)
     train, test = data.split("train"), data.split("test")
     labels = share_out(range(len(card.class_names)), count)

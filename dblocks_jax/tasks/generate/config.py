@@ -1,9 +1,13 @@
 """The fields of image generation: what they may be, and the sizes and noise that they describe."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 from absl import logging
 from ml_collections import ConfigDict
 
-from dblocks_jax.data.datasets import Card, Dataset
+from dblocks_jax.data.datasets import Card, Dataset, Source
 from dblocks_jax.data.latents import load_latents
 from dblocks_jax.diffusion.gaussian import Gaussian
 from dblocks_jax.models.dit import DiTArchitecture
@@ -89,13 +93,20 @@ def architecture(config: ConfigDict, card: Card) -> DiTArchitecture:
 
 def find_data(config: ConfigDict, *, may_prepare: bool = True) -> Dataset:
     """Images, or latents of images."""
-    if config.dataset != LATENTS:
-        found = images.find_dataset(config, may_prepare=may_prepare)
-        fewest = min(len(found.split(split)) for split in ("train", "test"))
-        if config.score_samples and fewest < LEAST_REAL:
-            raise UserError(f"scores of samples need {LEAST_REAL} training and test images: set score_samples=0")
-        return found
-    return load_latents(config.data_dir, scale=config.latent_scale, val_fraction=config.val_fraction, seed=config.seed)
+    if config.dataset == LATENTS:
+        return load_latents(
+            config.data_dir, scale=config.latent_scale, val_fraction=config.val_fraction, seed=config.seed
+        )
+    found = images.find_dataset(config, may_prepare=may_prepare)
+    return replace(found, load=partial(_enough_to_score, found.load)) if config.score_samples else found
+
+
+def _enough_to_score(load: Callable[[str], Source | None], split: str) -> Source | None:
+    """Load a split; one that samples are scored by must not be too small."""
+    source = load(split)
+    if source is not None and split != "val" and len(source) < LEAST_REAL:
+        raise UserError(f"scores of samples need {LEAST_REAL} training and test images: set score_samples=0")
+    return source
 
 
 def card_without_data(config: ConfigDict) -> Card:

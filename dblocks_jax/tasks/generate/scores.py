@@ -281,13 +281,13 @@ def _nearest_index(queries: Images, images: Images, *, other: bool = False) -> I
     By |image|^2 - 2 image.query, which orders as the distance does, and is exact for uint8.
     """
     pixels = int(np.prod(images.shape[1:]))
-    exact = queries.dtype == images.dtype == np.uint8
+    flat = _centred if queries.dtype == images.dtype == np.uint8 else _rows
     found = np.zeros(len(queries), np.int64)
     for rows in _chunks(len(queries), pixels):
         best = np.full(rows.stop - rows.start, np.inf)
-        asked = _centred(queries[rows]) if exact else _rows(queries[rows])
+        asked = flat(queries[rows])
         for columns in _chunks(len(images), pixels):
-            offered = _centred(images[columns]) if exact else _rows(images[columns])
+            offered = flat(images[columns])
             order = np.sum(offered**2, axis=1, dtype=np.float64) - 2 * _products(asked, offered)
             if other and rows == columns:  # both are cut into the same chunks
                 np.fill_diagonal(order, np.inf)
