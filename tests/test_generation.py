@@ -25,6 +25,7 @@ from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.in_use import draw_images
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier, load_run, load_trained
+from dblocks_jax.modes.memory import Memory
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample, share_out
 from dblocks_jax.modes.train import train
@@ -187,8 +188,10 @@ def judge_of(run):
     return run[1].parent / "judge_digits_8"
 
 
-def test_training_evaluation_and_report_score_alike(run):
+def test_training_evaluation_and_report_score_alike(run, monkeypatch):
     config, workdir, trained = run
+    needed = Memory(parameters=4, optimizer=8, gradients=4, activations=9, averages=4, total=29, idle=0)
+    monkeypatch.setattr("dblocks_jax.modes.report.step_memory", lambda *_: needed)  # it compiles a step
     scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
     reported = report(config, workdir, overrides={}, checkpoint="best")
     names = {"loss", "loss_by_block", "accuracy_of_samples", "frechet_judge", "kid_pixels", "nearest_ratio", "judge"}

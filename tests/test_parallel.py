@@ -226,10 +226,11 @@ def test_isolated_blocks_side_by_side_are_those_in_turn_on_several():
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))
     together, parts, ranges, blueprint = build("isolated", True, mesh)
     active = stacked(parts, blueprint, "isolated", mesh)
-    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile().as_text()
-    assert compiled is not None and collectives(compiled) == set()
+    program = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile()
+    text = program.as_text()
+    assert text is not None and collectives(text) == set()
     for position in range(2):
-        active, log = together(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges), position))
+        active, log = program(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges), position))
     assert log["loss"].shape == (BLOCKS, 1)
 
     one_by_one, *_ = build("isolated", False, alone)
