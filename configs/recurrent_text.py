@@ -1,7 +1,7 @@
 """A small network of recurrent depth, trained as a denoiser in one pass, that writes as presidents do: no download.
 
 COMMAND: python launch.py --config=configs/recurrent_text.py
-TIME: 2 minutes 50 seconds on 2 CPU cores, nothing compiled before.
+TIME: 2.8 to 3.5 minutes on 2 CPU cores, nothing compiled before.
 ACCURACY: 2.627 bits per character, by the first level (one run).
 """
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from playing import frames, mistake, pixels_of, send, served
 from runs import files_of_at_most
-from test_pages import Page
+from test_pages import Page, needed_without_compiling
 
 from configs import dit_digits
 from dblocks_jax.data.datasets import ArraySource
@@ -25,7 +25,6 @@ from dblocks_jax.modes.generation import sample_and_score
 from dblocks_jax.modes.in_use import draw_images
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier, load_run, load_trained
-from dblocks_jax.modes.memory import Memory
 from dblocks_jax.modes.report import report
 from dblocks_jax.modes.sample import make_images, sample, share_out
 from dblocks_jax.modes.train import train
@@ -190,8 +189,7 @@ def judge_of(run):
 
 def test_training_evaluation_and_report_score_alike(run, monkeypatch):
     config, workdir, trained = run
-    needed = Memory(parameters=4, optimizer=8, gradients=4, activations=9, averages=4, total=29, idle=0)
-    monkeypatch.setattr("dblocks_jax.modes.report.step_memory", lambda *_: needed)  # it compiles a step
+    asked = needed_without_compiling(monkeypatch)
     scored = evaluate_run(config, workdir, overrides={}, checkpoint="best")
     reported = report(config, workdir, overrides={}, checkpoint="best")
     names = {"loss", "loss_by_block", "accuracy_of_samples", "frechet_judge", "kid_pixels", "nearest_ratio", "judge"}
@@ -202,6 +200,7 @@ def test_training_evaluation_and_report_score_alike(run, monkeypatch):
     assert page.loaded == [] and page.pictures == 5  # noise, loss, error, the loss kept apart, memory
     for expected in (f"{trained['loss']:.4f}", f"{trained['frechet_pixels_ceiling']:.4g}", trained["judge"]["sha256"]):
         assert expected in page.text
+    assert [(each.num_blocks, each.ema_decay) for each in asked] == [(1, 0.999), (2, 0.999)]
     assert "averages" in text  # they are in a step's memory
     assert text.count("a sample of class") == 10 * 10 + 2 * 8  # of each class; and 8 after each of two blocks
     assert text.count('alt="a training image"') == 8

@@ -1,6 +1,7 @@
 """The memory table: exact where it can be counted, bounded where XLA decides."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from configs import dit_digits
 from dblocks_jax.fields import classify
 from dblocks_jax.modes import memory
 from dblocks_jax.modes.memory import Memory, formula_bytes, memory_table, step_memory
+from dblocks_jax.modes.program import WantedStep
 from dblocks_jax.run.devices import naming_lack_of_memory
 from dblocks_jax.run.errors import UserError
 from dblocks_jax.tasks.generate.task import GENERATE
@@ -46,11 +48,26 @@ def test_parameters_and_moments_are_counted_exactly(rows):
         assert rows[name]["idle"] == 0
 
 
-@pytest.mark.long
-def test_averages_are_one_more_copy_of_the_parameters_where_they_are_kept():
+def small_generator():
     config = dit_digits.get_config()
     config.update(num_layers=2, num_blocks=2, grow_at=(), hidden_size=12, num_heads=2, intermediate_size=16)
-    found = {}
+    return config
+
+
+def test_averages_are_counted_as_the_parameters_are(monkeypatch):
+    """Without compiling: of what is counted by shapes alone."""
+    analysis = SimpleNamespace(**{f"{kind}_size_in_bytes": 0 for kind in ("argument", "output", "alias", "temp")})
+    monkeypatch.setattr(WantedStep, "compile", lambda self: SimpleNamespace(memory_analysis=lambda: analysis))
+    for ema_decay, copies in ((0.0, 0), (0.9, 1)):
+        config = small_generator()
+        config.ema_decay = ema_decay
+        found = step_memory(GENERATE, config, GENERATE.card_without_data(config))
+        assert found.averages == copies * found.parameters and found.parameters > 0
+
+
+@pytest.mark.long
+def test_averages_are_one_more_copy_of_the_parameters_where_they_are_kept():
+    config, found = small_generator(), {}
     for ema_decay in (0.0, 0.9):
         config.ema_decay = ema_decay
         found[ema_decay] = step_memory(GENERATE, config, GENERATE.card_without_data(config))

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import dblock_digits, vit_digits
 from dblocks_jax.modes.compare import compare
 from dblocks_jax.modes.evaluate import evaluate_run
 from dblocks_jax.modes.inspect import inspect
 from dblocks_jax.modes.load import load_classifier
+from dblocks_jax.modes.memory import Memory
 from dblocks_jax.modes.report import read_starts, report
 from dblocks_jax.modes.train import train
 from dblocks_jax.pages import charts
@@ -71,6 +73,22 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def needed_without_compiling(monkeypatch) -> list[ConfigDict]:
+    """A report's chart of memory compiles two steps; here it is of made-up numbers. Returns the configs it asks for."""
+    asked = []
+
+    def needed(entry, config, card, devices):
+        assert len(devices) == 1
+        asked.append(config)
+        averages = 4 if config.ema_decay else 0
+        return Memory(
+            parameters=4, optimizer=8, gradients=4, activations=9, averages=averages, total=25 + averages, idle=0
+        )  # fmt: skip
+
+    monkeypatch.setattr("dblocks_jax.modes.report.step_memory", needed)
+    return asked
 
 
 @pytest.fixture(
