@@ -252,9 +252,10 @@ def test_blocks_that_share_say_only_that_on_several():
     assert dict(mesh.shape) == {"data": 2, "block": 3}
     together, parts, ranges, blueprint = build("shared", True, mesh)
     active = stacked(parts, blueprint, "shared", mesh)
-    compiled = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile().as_text()
-    assert compiled is not None and "all-reduce" in collectives(compiled)
-    (shared, blocks), log = together(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges)))
+    program = together.lower(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges))).compile()
+    text = program.as_text()
+    assert text is not None and "all-reduce" in collectives(text)
+    (shared, blocks), log = program(active, batch_on(mesh), steps_of(ALL, stack_shares(ranges)))
 
     # By hand: an AdamW moment after its first update is a tenth of the gradient that went into it.
     alone = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", BLOCK))

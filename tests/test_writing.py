@@ -13,7 +13,7 @@ from jax import export
 from ml_collections import ConfigDict
 from PIL import Image
 from playing import frames, mistake, pixels_of, send, served
-from test_pages import Page
+from test_pages import Page, needed_without_compiling
 
 from configs import mask_digits
 from dblocks_jax.data.vocabulary import letters
@@ -160,7 +160,7 @@ def drawn(tmp_path_factory) -> tuple[ConfigDict, Path]:
 def test_images_are_made_and_shown_where_symbols_are_grey_levels(drawn, monkeypatch):
     """A model whose head is still zero needs 8 bits for each of 256 grey levels, whatever is hidden."""
     config, workdir = drawn
-    monkeypatch.setattr("dblocks_jax.modes.report._draw_memory", lambda trained: "")  # it compiles two steps
+    needed_without_compiling(monkeypatch)
     result = report(config, workdir, overrides={}, checkpoint="best")
     assert result["bits"] == pytest.approx(8, abs=1e-4) and result["bits_error"] < 1e-4
     assert result["bits_by_block"] == pytest.approx([8, 8], abs=1e-4) and result["unit"] == "dimension"
